@@ -505,11 +505,11 @@ def sunlight(x, z, where):
 
 def compose(empty, floor_xz, things, people, cloth, sun_x):
     """One moment of the scene: image (HEIGHT, WIDTH, 3) and count."""
-    image = empty * (1 + 0.3 * sunlight(*floor_xz, sun_x))[..., None]
+    image = empty * (1 + 0.14 * sunlight(*floor_xz, sun_x))[..., None]
     layers = [(z, sprite, corner, False) for _, z, _, sprite, corner in things]
     for person in people:
         (x, z), (sprite, (x0, y0)) = person.position, person.sprite(cloth)
-        sprite[..., :3] *= 1 + 0.22 * sunlight(x, z, sun_x)
+        sprite[..., :3] *= 1 + 0.11 * sunlight(x, z, sun_x)
         layers.append((z, sprite, (x0, y0), True))
         cast_shadow(image, x, z, 0.18 * person.height, 0.9 * person.height, 0.55)
         foot = int(project((x, 0, z))[1])
@@ -540,9 +540,9 @@ def pictures(seed=0):
     phases = rng.uniform(0, 2 * np.pi, 4)
     crowd = Crowd(np.random.default_rng((seed, 1)), things)
     for t in itertools.count():
-        sun, slow, fast, warm = np.sin(2 * np.pi * t / np.array((210, 140, 53, 170)) + phases)
+        sun, slow, fast, warm = np.sin(2 * np.pi * t / np.array((83, 61, 23, 74)) + phases)
         image, count = compose(empty, floor_xz, things, crowd.people(), cloth, 1 + 6.5 * sun)
-        gain = 1.03 + 0.06 * slow + 0.03 * fast + 0.025 * warm * np.array((1, 0.1, -1))
+        gain = 1.03 + 0.03 * slow + 0.015 * fast + 0.012 * warm * np.array((1, 0.1, -1))
         image = ndimage.gaussian_filter(image, (0.55, 0.55, 0)) * vignette * gain
         noise = np.random.default_rng((seed, 2, t)).normal(0, 0.004, (HEIGHT, WIDTH, 1))
         yield np.uint8(np.clip((image + noise * (0.6 + image)) * 255 + 0.5, 0, 255)), count

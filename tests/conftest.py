@@ -1,0 +1,71 @@
+"""A tiny video of a fixed camera, and the script's main() run on it in this process."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["MPLBACKEND"] = "agg"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import tscrowdnet_train as ts
+
+TINY = {
+    "FRAME_SIZE": (48, 64),
+    "WEIGHTS": None,
+    "READ_OUT_RANDOM": {"conv1_relu": (3, 4), "conv2_block1_out": (1, 2)},
+    "CALIBRATION_FRAMES": 4,
+    "EPOCHS": 2,
+    "BATCH_SIZE": 4,
+}
+
+
+def make_video(folder, frames=20, size=(64, 48), seed=0):
+    """labels.csv and frames/frames in folder: as many bright patches on a dim floor as people."""
+    rng = np.random.default_rng(seed)
+    floor = rng.integers(60, 100, (size[1], size[0], 3))
+    (folder / "frames" / "frames").mkdir(parents=True)
+    counts = rng.integers(1, 12, frames)
+    for frame, count in enumerate(counts, 1):
+        picture = floor + rng.integers(-4, 5, floor.shape)
+        for x, y in zip(rng.integers(0, size[0] - 4, count), rng.integers(0, size[1] - 8, count)):
+            picture[y : y + 8, x : x + 4] = rng.integers(120, 256, 3)
+        Image.fromarray(picture.astype("uint8")).save(folder / "frames" / "frames" / f"seq_{frame:06d}.jpg", quality=90)
+    pd.DataFrame({"id": np.arange(1, frames + 1), "count": counts}).to_csv(folder / "labels.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def video(tmp_path):
+    return make_video(tmp_path)
+
+
+@pytest.fixture
+def constants(video, monkeypatch):
+    """Points the script at the tiny video; call it with further constants to change."""
+
+    def change(**changes):
+        for name, value in (TINY | changes).items():
+            monkeypatch.setattr(ts, name, value)
+
+    monkeypatch.setattr(ts, "ROOT", video)
+    change()
+    return change
+
+
+@pytest.fixture
+def run(video, constants):
+    """Runs main() with the given constants; returns the metrics and the predictions."""
+
+    def run(**changes):
+        constants(**changes)
+        ts.main()
+        outputs = video / ts.OUTPUTS
+        return json.loads((outputs / "metrics.json").read_text()), pd.read_csv(outputs / "predictions.csv")
+
+    return run

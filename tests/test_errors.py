@@ -1,0 +1,228 @@
+"""Bad input ends in one line that says what is wrong and what to do, and touches no earlier result."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+import tscrowdnet_train as ts
+from conftest import make_video
+
+
+def write(name, content):
+    def prepare(folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return prepare
+
+
+def labels(text):
+    return write("labels.csv", text if isinstance(text, bytes) else text.encode())
+
+
+def remove(name):
+    def prepare(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return prepare
+
+
+def picture(frame, image, **options):
+    file = io.BytesIO()
+    image.save(file, **({"format": "JPEG"} | options))
+    return write(f"frames/frames/seq_{frame:06d}.jpg", file.getvalue())
+
+
+def truncate(name, keep):
+    def prepare(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(len(data) * keep)])
+
+    return prepare
+
+
+def several(*preparations):
+    return lambda folder: [prepare(folder) for prepare in preparations]
+
+
+def mat(**variables):
+    file = io.BytesIO()
+    scipy.io.savemat(file, variables)
+    return write("mall_gt.mat", file.getvalue())
+
+
+def numbered(rows):
+    return "id,count\n" + "".join(f"{row}\n" for row in rows)
+
+
+MAT = {"LABELS": "mall_gt.mat"}
+BOMB = Image.new("1", (20_000, 10_000))
+CASES = {  # name: (what to do to the video, constants, parts of the message)
+    "no labels file": (remove("labels.csv"), {}, ["labels.csv", "no such file", "LABELS"]),
+    "labels is a folder": (None, {"LABELS": "frames"}, ["frames", "no such file"]),
+    "empty labels": (labels(""), {}, ["labels.csv", "id,count"]),
+    "only a header": (labels("id,count\n"), {}, ["labels.csv", "no labels"]),
+    "not CSV": (labels(bytes(range(256)) * 20), {}, ["labels.csv", "id,count"]),
+    "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv", "columns id and count"]),
+    "a column twice": (labels("id,count,Count\n1,2,3\n"), {}, ["labels.csv", "columns id and count"]),
+    "non-numeric count": (labels("id,count\n1,2\n2,many\n"), {}, ["row 3", "count", "'many'"]),
+    "fractional count": (labels("id,count\n1,2.5\n"), {}, ["row 2", "count", "'2.5'"]),
+    "negative count": (labels("id,count\n1,2\n\n3,-4\n"), {}, ["row 4", "count", "'-4'"]),
+    "missing count": (labels("id,count\n1,2\n2,\n"), {}, ["row 3", "count"]),
+    "infinite count": (labels("id,count\n1,inf\n"), {}, ["row 2", "count", "'inf'"]),
+    "absurd count": (labels("id,count\n1,1e300\n"), {}, ["row 2", "count"]),
+    "duplicate id": (labels("id,count\n1,2\n2,3\n1,4\n"), {}, ["row 4", "id", "'1'", "there already"]),
+    "fractional id": (labels("id,count\n1.5,2\n"), {}, ["row 2", "id", "'1.5'"]),
+    "negative id": (labels("id,count\n-1,2\n"), {}, ["row 2", "id", "'-1'"]),
+    "id a name": (labels("id,count\nseq_1,2\n"), {}, ["row 2", "id", "'seq_1'"]),
+    "many bad rows": (labels("id,count\n1,a\n2,b\n3,c\n"), {}, ["row 2", "3 such rows"]),
+    "no .mat file": (None, MAT, ["mall_gt.mat", "no such file"]),
+    ".mat without count": (mat(frame=np.zeros(3)), MAT, ["mall_gt.mat", "'count'"]),
+    ".mat with text for count": (mat(count="many"), MAT, ["mall_gt.mat", "count"]),
+    ".mat with a negative count": (mat(count=np.array([3, -2])), MAT, ["mall_gt.mat", "entry 2"]),
+    "truncated .mat": (several(mat(count=np.arange(5000)), truncate("mall_gt.mat", 0.5)), MAT, ["mall_gt.mat", "MATLAB"]),
+    "not MATLAB": (write("mall_gt.mat", b"id,count\n" * 99), MAT, ["mall_gt.mat", "MATLAB"]),
+    "no frames folder": (remove("frames"), {}, ["frames", "no frames", "FRAMES"]),
+    "empty frames folder": (several(remove("frames/frames"), write("frames/frames/readme", b"")), {}, ["no frames"]),
+    "missing frames": (
+        several(*(remove(f"frames/frames/seq_{frame:06d}.jpg") for frame in (3, 4, 5, 6, 7, 8))),
+        {},
+        ["6 of 20", "seq_000003.jpg", "...", "other 14"],
+    ),
+    "every kind of bad frame at once": (
+        several(
+            truncate("frames/frames/seq_000002.jpg", 0.5),
+            write("frames/frames/seq_000003.jpg", b""),
+            write("frames/frames/seq_000004.jpg", b"<html>404</html>"),
+            picture(5, BOMB, format="PNG"),
+            picture(6, Image.fromarray(np.zeros((48, 64), "uint16")), format="PNG"),
+        ),
+        {},
+        ["5 of 20", "seq_000002.jpg: not a whole", "seq_000003.jpg: empty", "seq_000004.jpg: not a", "seq_000005.jpg: too many pixels", "seq_000006.jpg: ", "8 bits"],  # fmt: skip
+    ),
+    "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv", "too few", "TRAIN_FRACTION"]),
+    "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["too few"]),
+    "window longer than the video": (None, {"SEQUENCE_LENGTH": 21}, ["too few", "SEQUENCE_LENGTH = 21"]),
+    "weight file missing": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
+    "weight file no HDF5": (write("resnet.h5", b"404 not found"), {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
+    "unknown read-out layer": (None, {"READ_OUT_RANDOM": {"conv9": (1, 1)}}, ["READ_OUT_RANDOM", "conv9"]),
+    "grid of nothing": (None, {"READ_OUT": {"conv1_relu": (0, 4)}}, ["READ_OUT", "grid"]),
+    "outputs is a file": (write("taken", b""), {"OUTPUTS": "taken"}, ["taken"]),
+    "outputs below a file": (write("taken", b""), {"OUTPUTS": "taken/outputs"}, ["taken"]),
+    "count without a model": (None, {"COUNT": "frames", "OUTPUTS": "other"}, ["ts_crowdnet.keras", "train one first"]),
+    "count in no folder": (None, {"COUNT": "footage"}, ["footage", "COUNT"]),
+    "count with a broken model": (None, {"COUNT": "frames/frames"}, ["ts_crowdnet.keras", "no model"]),
+} | {
+    f"{name} = {value!r}": (None, {name: value}, [f"{name} = "])
+    for name, value in [
+        ("TRAIN_FRACTION", 0), ("TRAIN_FRACTION", 1), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5),
+        ("EPOCHS", -1), ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)),
+        ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan")), ("DROPOUT", 1.0), ("SEED", -1), ("SEED", 1.5), ("TOLERANCE", -0.1),
+        ("LSTM_UNITS", 0), ("CALIBRATION_FRAMES", 0), ("WEIGHT_DECAY", -1), ("LABELS", 3), ("WEIGHTS", 3), ("READ_OUT", {}),
+    ]  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_touched(case, video, constants, capsys):
+    prepare, changes, parts = CASES[case]
+    if prepare:
+        prepare(video)
+    constants(**changes)
+    outputs = video / "outputs"
+    outputs.mkdir()
+    for name in ("ts_crowdnet.keras", "metrics.json", "features-0123456789ab.float32"):
+        (outputs / name).write_bytes(b"of an earlier run")
+    with pytest.raises(SystemExit) as stop:
+        ts.run_as_script()
+    message = stop.value.code
+    assert isinstance(message, str), "a message is exit status 1"
+    assert message.startswith("Error: ") and "\n" not in message.strip() and len(message) < 1500
+    for part in parts:
+        assert part in message
+    assert {path.name: path.read_bytes() for path in outputs.iterdir() if path.name != ".lock"} == dict.fromkeys(
+        ("ts_crowdnet.keras", "metrics.json", "features-0123456789ab.float32"), b"of an earlier run"
+    )
+
+
+def test_a_full_disk_is_one_line(constants, monkeypatch):
+    def full(*_):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(ts, "extract_features", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        ts.run_as_script()
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        picture(3, Image.new("L", (64, 48), 90)),
+        picture(3, Image.new("CMYK", (64, 48))),
+        picture(3, Image.new("RGBA", (64, 48)), format="PNG"),
+        picture(3, Image.new("P", (64, 48)), format="GIF"),
+        picture(3, Image.new("RGB", (131, 77))),
+        picture(3, Image.new("RGB", (1, 1))),
+    ],
+    ids=["grey", "CMYK", "PNG with alpha", "palette", "odd size", "one pixel"],
+)
+def test_images_that_can_be_converted_are(prepare, video, constants):
+    prepare(video)
+    paths, _ = ts.find_frames(range(1, 21))
+    frames = ts.Frames(paths, (48, 64))[np.array([1, 2])]
+    assert frames.shape == (2, 48, 64, 3) and frames.dtype == "uint8"
+
+
+def test_rotated_images_are_turned_upright(video, constants):
+    upright = Image.fromarray(np.tile(np.linspace(0, 255, 64).astype("uint8"), (48, 1)))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "rotate 90 degrees clockwise to see it upright"
+    picture(3, upright.transpose(Image.Transpose.ROTATE_90), exif=exif, quality=95)(video)
+    shown = ts.load_frame(video / "frames" / "frames" / "seq_000003.jpg", (48, 64))
+    assert np.abs(shown[..., 0].astype(int) - np.asarray(upright)).max() < 8
+
+
+def test_frames_without_labels_are_said_to_be_ignored(video, constants, capsys):
+    ts.find_frames(range(1, 18))
+    assert "3 frames" in capsys.readouterr().out
+
+
+def test_fuzzed_labels_and_images_end_in_success_or_one_line(tmp_path, constants, monkeypatch):
+    rng = np.random.default_rng(0)
+    make_video(tmp_path / "fuzz", frames=6)
+    monkeypatch.setattr(ts, "ROOT", tmp_path / "fuzz")
+    csv, jpg = tmp_path / "fuzz" / "labels.csv", tmp_path / "fuzz" / "frames" / "frames" / "seq_000002.jpg"
+    whole = {csv: csv.read_bytes(), jpg: jpg.read_bytes()}
+    outcomes = set()
+    for trial in range(600):
+        path = (csv, jpg)[trial % 2]
+        data = bytearray(whole[path])
+        for _ in range(rng.integers(1, 6)):
+            place = rng.integers(0, len(data))
+            match rng.integers(0, 4):
+                case 0:
+                    data[place] = rng.integers(0, 256)
+                case 1:
+                    del data[place : place + rng.integers(1, 9)]
+                case 2:
+                    data[place:place] = bytes(rng.choice(list(b"0123456789,;-.eE\"'\n\r\t\0 infa\xff"), rng.integers(1, 9)))
+                case 3:
+                    data = data[: place + 1]
+        path.write_bytes(data)
+        try:
+            labels = ts.read_labels(csv)
+            paths, _ = ts.find_frames(labels.index)
+            ts.Frames(paths, (48, 64))[np.arange(len(paths))]
+            outcomes.add("read")
+            assert len(labels) and (labels >= 0).all() and (labels % 1 == 0).all() and labels.index.is_unique
+        except ts.InputError as error:
+            outcomes.add("refused")
+            assert "\n" not in str(error)
+        path.write_bytes(whole[path])
+    assert outcomes == {"read", "refused"}

@@ -1,0 +1,819 @@
+"""TS-CrowdNet: count the people in a fixed-camera video with TimeDistributed ResNet50 + LSTM.
+
+    pip install -r requirements.txt && python tscrowdnet_train.py
+
+Reads      labels.csv                            id,count: how many people each frame shows
+           frames/frames/seq_000001.jpg ...      the frames of one fixed camera
+Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 frames in, counts out
+           outputs/metrics.json, predictions.csv, history.csv
+           outputs/predictions.png, timeline.png, loss.png, examples.png
+
+Shapes, from frames to counts (T = SEQUENCE_LENGTH, H x W = FRAME_SIZE, F = features per frame):
+
+    frames (N, H, W, 3) uint8 --backbone, each frame once--> features (N, F), kept on disk
+    window of row numbers (N, T) --> features of a window (batch, T, F) --head--> counts (batch, 1)
+    saved model: windows (batch, T, H, W, 3) --TimeDistributed(backbone)--> (batch, T, F) --head--> counts
+
+Change the constants below and run again; an interrupted run goes on where it stopped.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+START = time.perf_counter()
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import scipy.io
+import scipy.stats
+import seaborn as sns
+import sklearn
+from PIL import Image, ImageOps  # Pillow comes with matplotlib
+from sklearn.metrics import mean_absolute_error, mean_squared_error
+from sklearn.preprocessing import StandardScaler
+
+
+@contextlib.contextmanager
+def silent_stderr():
+    """Hides what C++ libraries write to standard error; Python's exceptions still get out."""
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+with silent_stderr():  # TensorFlow's start-up lines come before its log level is read
+    import keras
+    from keras import layers, ops
+
+ROOT = Path(__file__).resolve().parent
+
+# -- Data: relative paths start at this script's folder ------------------------------------------
+LABELS = "labels.csv"  # another CSV with columns id,count, or the official "mall_gt.mat"
+FRAMES = "frames/frames"  # folder of seq_000001.jpg, seq_000002.jpg, ...: one fixed camera
+OUTPUTS = "outputs"  # one folder for each experiment keeps their results apart
+SEQUENCE_LENGTH = 5  # frames in a window; 1 to see what the LSTM's memory is worth
+FRAME_SIZE = (480, 640)  # (height, width) fed to ResNet50; (240, 320) is 4 x faster, less accurate
+TRAIN_FRACTION = 0.8  # first part of the video trains, the rest validates; 0.4 for Mall's canonical split
+
+# -- Backbone: frozen ResNet50. As published: FRAME_SIZE = (224, 224), FOREGROUND = False,
+#    READ_OUT = {"conv5_block3_out": (1, 1)} --------------------------------------------------------
+WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random, calibrated
+READ_OUT = {"conv1_relu": (6, 8), "conv3_block4_out": (3, 4), "conv4_block6_out": (3, 4)}  # with trained
+# weights: ResNet50 layer: (rows, columns) of the grid it is averaged over; finest layer first
+READ_OUT_RANDOM = {"conv1_relu": (6, 8)}  # with random weights, whose deeper layers add noise and time
+FOREGROUND = True  # read every layer a second time where the frame differs from the empty scene
+CALIBRATION_FRAMES = 96  # training frames that show the empty scene; more if it is seldom empty
+CACHE_FEATURES = True  # False: every window through TimeDistributed ResNet50 at every epoch, as
+# published; same result, some 200 x slower
+
+# -- Head: each frame's features -> Dense -> an estimate; LSTM over the window's estimates -> Dense ----
+DROPOUT = 0.47  # of features; raise it for little training data, lower it for much
+FRAME_DROPOUT = 0.1  # more where neighbouring frames show the same people: the LSTM trusts them more
+LSTM_UNITS = 16  # more where neighbouring frames tell much of each other, as in video at 25 frames/s
+FEATURE_SPREAD = 10.0  # features are scaled to a deviation of 1 / this; higher: slower, steadier learning
+
+# -- Training -------------------------------------------------------------------------------------
+BATCH_SIZE = 16  # windows in a training step
+EPOCHS = 50  # passes over the training windows; fewer for a quick look
+WEIGHT_DECAY = 0.0  # pulls weights to 0 on top of what DROPOUT does
+LEARNING_RATE = 1e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss jumps
+SEED = 0  # another seed, another model: publish mean and deviation over several
+
+# -- Evaluation and use ----------------------------------------------------------------------------
+TOLERANCE = 0.20  # a count within this share of the truth is accurate
+COUNT = None  # a folder of new frames to count with the model in OUTPUTS, instead of training
+
+
+class InputError(ValueError):
+    """Something the user can put right; the message names it and the remedy."""
+
+
+def at(name):
+    """The path of a constant: relative to this script, or absolute as it stands."""
+    return ROOT / Path(name).expanduser()
+
+
+def check_constants():
+    """Raises InputError for a constant out of range, before any work is done."""
+    whole = lambda least: lambda value: isinstance(value, int) and value >= least  # noqa: E731
+    name_or_path = lambda value: isinstance(value, (str, Path))  # noqa: E731
+    grids = lambda value: len(value) > 0 and all(len(grid) == 2 and min(grid) > 0 for grid in value.values())  # noqa: E731
+    in_range = {
+        "LABELS FRAMES OUTPUTS": (name_or_path, "a path in quotes"),
+        "WEIGHTS": (lambda value: value is None or name_or_path(value), '"imagenet", a path in quotes or None'),
+        "COUNT": (lambda value: value is None or name_or_path(value), "a path in quotes or None"),
+        "FRAME_SIZE": (lambda value: len(value) == 2 and min(value) >= 32, "(height, width), 32 pixels or more: ResNet50's least"),
+        "TRAIN_FRACTION": (lambda value: 0 < value < 1, "a number between 0 and 1, both excluded"),
+        "READ_OUT READ_OUT_RANDOM": (grids, "{ResNet50 layer: (rows, columns) of a grid of 1 x 1 or more, ...}"),
+        "SEQUENCE_LENGTH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS": (whole(1), "a whole number, 1 or more"),
+        "DROPOUT FRAME_DROPOUT": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+        "FEATURE_SPREAD LEARNING_RATE": (lambda value: value > 0, "a number above 0"),
+        "WEIGHT_DECAY TOLERANCE": (lambda value: value >= 0, "a number, 0 or more"),
+        "SEED": (whole(0), "a whole number, 0 or more"),
+    }
+    for names, (fine, remedy) in in_range.items():
+        for name in names.split():
+            with contextlib.suppress(TypeError, AttributeError):  # what fine() meets in a value of another kind
+                if fine(globals()[name]):
+                    continue
+            raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
+
+
+# == Data ==========================================================================================
+
+
+def read_labels(path):
+    """Reads the people counts from a CSV with columns id and count, or from Mall's mall_gt.mat.
+
+    Returns a float Series of counts indexed by frame id, ascending. Raises InputError.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; set LABELS to your labels.csv or mall_gt.mat")
+    if path.suffix.lower() == ".mat":
+        try:
+            counts = np.ravel(scipy.io.loadmat(path, variable_names=["count"])["count"])
+        except KeyError:
+            raise InputError(f"{path}: no variable 'count'; use Mall's own mall_gt.mat") from None
+        except Exception as error:  # SciPy raises many kinds for a damaged file
+            raise InputError(f"{path}: no readable MATLAB file ({error}); download it again") from None
+        table = pd.DataFrame({"id": np.arange(1, len(counts) + 1), "count": counts}, dtype=str)
+        rows = "entry " + (table.index + 1).astype(str)
+    else:
+        text = path.read_bytes()
+        encoding = "utf-16" if text[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = text.decode(encoding, errors="replace")  # ids and counts are plain digits anyway
+        header = text.lstrip().partition("\n")[0]
+        separator = max(",;\t", key=header.count)
+        try:
+            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, skip_blank_lines=False)
+            table.columns = table.columns.str.strip().str.lower()
+            table = table.rename(columns=str.strip)[["id", "count"]]
+        except Exception as error:  # pandas raises many kinds for what is no CSV
+            raise InputError(
+                f"{path}: no CSV table with columns id and count ({error}); the first line must be id,count"
+            ) from None
+        rows = "row " + (table.index + 2).astype(str)
+    table = table.set_index(rows).dropna(how="all")
+    numbers = table.apply(pd.to_numeric, errors="coerce")
+    problems = {
+        "id": ("no whole number from 0 to 999999999", ~numbers["id"].between(0, 999_999_999) | (numbers["id"] % 1 != 0)),
+        "count": ("no whole number from 0 to 1000000", ~numbers["count"].between(0, 1e6) | (numbers["count"] % 1 != 0)),
+        "id ": ("there already", numbers["id"].duplicated()),
+    }
+    for column, (problem, found) in problems.items():
+        if found.any():
+            row, value = found.idxmax(), table.loc[found.idxmax(), column.strip()]
+            more = f" ({found.sum()} such rows)" if found.sum() > 1 else ""
+            raise InputError(f"{path}, {row}: {column.strip()} {value!r} is {problem}{more}; correct or delete the row")
+    if numbers.empty:
+        raise InputError(f"{path}: no labels; give one row id,count for each frame")
+    counts = pd.Series(numbers["count"].to_numpy(float), numbers["id"].astype(int).to_numpy(), name="count")
+    return counts.sort_index()
+
+
+def check_frame(path):
+    """Decodes a frame at an eighth of its size, which finds damage at a fraction of the cost.
+
+    Returns (digest of the bytes, (width, height), what is wrong or None).
+    """
+    data = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            size, mode = image.size, image.mode
+            if mode.startswith(("I", "F")):
+                return None, size, f"{mode} pixels: convert it to 8 bits"
+            image.draft("RGB", (1, 1))
+            image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None, None, "too many pixels for a video frame"
+    except Exception as error:  # a damaged file makes Pillow raise many kinds
+        return None, None, f"not a whole image ({error})" if data else "empty file"
+    return hashlib.blake2b(data).digest(), size, None
+
+
+def find_frames(ids):
+    """The frames of the labels, each checked: (array of N paths, digest of all their bytes).
+
+    They are in FRAMES or, where that folder is missing, in its parent, as in Mall's own archive.
+    Raises InputError that names every frame which is missing or damaged.
+    """
+    folder = at(FRAMES) if at(FRAMES).is_dir() else at(FRAMES).parent
+    present = {path.name for path in folder.glob("seq_*.jpg")}
+    if not present:
+        raise InputError(f"{at(FRAMES)}: no frames seq_000001.jpg ... there; set FRAMES to their folder")
+    names = [f"seq_{frame:06d}.jpg" for frame in ids]
+    missing = [name for name in names if name not in present]
+    if missing:
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(names)} labelled frames are missing ({first_few(missing)}); "
+            f"add them, or delete their labels to use the other {len(names) - len(missing)}"
+        )
+    if len(present) > len(names):
+        print(f"{len(present) - len(names)} frames in {folder} have no label and are ignored.")
+    paths = np.array([folder / name for name in names])
+    with ThreadPoolExecutor() as pool:
+        digests, sizes, problems = zip(*pool.map(check_frame, paths))
+    damaged = [f"{path.name}: {problem}" for path, problem in zip(paths, problems) if problem]
+    if damaged:
+        raise InputError(
+            f"{folder}: {len(damaged)} of {len(names)} frames cannot be used; replace them or delete their "
+            f"labels: {'; '.join(damaged)}"
+        )
+    sizes = pd.Series(sizes).value_counts()
+    if len(sizes) > 1:
+        print(f"Frames differ in size ({first_few(sizes.index)}): all are resized to FRAME_SIZE.")
+    return paths, hashlib.blake2b(b"".join(digests)).hexdigest()
+
+
+def first_few(items, most=5):
+    """'a, b, c, d, e, ...'"""
+    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
+
+
+def load_frame(path, size):
+    """Decodes one image: (height, width, 3) uint8 RGB, resized to size = (height, width)."""
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("RGB")
+            return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))  # a copy where sizes agree
+    except Exception as error:  # a damaged file makes Pillow raise many kinds
+        raise InputError(f"{path}: not a whole image ({error}); replace or remove it") from None
+
+
+class Frames:
+    """Image files read like an array: frames[rows] decodes them, (len(rows), height, width, 3) uint8."""
+
+    def __init__(self, paths, size):
+        self.paths, self.size = paths, size
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, rows):
+        return np.stack([load_frame(path, self.size) for path in self.paths[rows]])
+
+
+def make_windows(ids, length):
+    """Row numbers of the window that ends at each frame: (N, length).
+
+    Windows never cross a gap in the ids: where frames are missing before the target, the oldest
+    frame of its unbroken run repeats.
+    """
+    rows = np.arange(len(ids))
+    run_start = np.maximum.accumulate(np.where(np.diff(ids, prepend=ids[0] - 1) != 1, rows, 0))
+    return np.maximum(rows[:, None] + np.arange(1 - length, 1), run_start[:, None])
+
+
+class WindowSequence(keras.utils.Sequence):
+    """Feeds windows (batch, T, ...) and counts (batch, 1) to fit, evaluate and predict.
+
+    source: anything indexed by rows, Frames or a memory-mapped array of features (N, F).
+    windows: (M, T) row numbers, from make_windows.
+    counts: (M,) people in the last frame of each window.
+    shuffle: draws a new order for each epoch, the same for the same SEED and epoch.
+    """
+
+    def __init__(self, source, windows, counts, shuffle=False, epoch=0):
+        super().__init__()
+        self.source, self.windows, self.counts = source, windows, counts
+        self.shuffle, self.epoch = shuffle, epoch
+        self.on_epoch_end(epochs=0)
+
+    def __len__(self):
+        return -(-len(self.windows) // BATCH_SIZE)  # rounded up: the last, partial batch counts
+
+    def __getitem__(self, batch):
+        chosen = self.order[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE]
+        rows, where = np.unique(self.windows[chosen], return_inverse=True)  # shared frames: read once
+        return self.source[rows][where.reshape(len(chosen), -1)], self.counts[chosen, None]
+
+    def on_epoch_end(self, epochs=1):
+        self.epoch += epochs
+        self.order = np.arange(len(self.windows))
+        if self.shuffle:
+            np.random.default_rng((SEED, self.epoch)).shuffle(self.order)
+
+
+# == Model =========================================================================================
+
+
+def load_resnet50():
+    """ResNet50 without its top, with WEIGHTS. Returns (model, what its weights are).
+
+    He et al., "Deep residual learning for image recognition", CVPR 2016; keras.applications.
+    Raises InputError when WEIGHTS names a file that does not fit.
+    """
+    build = lambda weights: keras.applications.ResNet50(  # noqa: E731
+        include_top=False, weights=weights, input_shape=(*FRAME_SIZE, 3)
+    )
+    if WEIGHTS is None:
+        return build(None), "random"
+    if WEIGHTS == "imagenet":
+        try:
+            return build("imagenet"), "imagenet"
+        except Exception as error:  # Keras raises a bare Exception when the download fails
+            print(
+                f"Warning: no ImageNet weights ({str(error).splitlines()[0]}); going on with random ones. Download "
+                "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5 elsewhere and set WEIGHTS to its path.",
+                file=sys.stderr,
+            )
+            return build(None), "random (the ImageNet weights could not be downloaded)"
+    try:
+        return build(str(at(WEIGHTS))), str(WEIGHTS)
+    except Exception as error:  # h5py and Keras raise many kinds
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{at(WEIGHTS)}: no weights of a Keras ResNet50 without its top ({reason})") from None
+
+
+def set_statistics(normalization, mean, deviation):
+    """Sets a Normalization layer to known statistics: those of the two points mean -+ deviation."""
+    normalization.adapt(np.stack([mean - deviation, mean + deviation]).astype("float32"))
+
+
+def build_backbone(resnet, read_out):
+    """ResNet50 read out: a frame (H, W, 3) uint8 -> features (F,).
+
+    Each layer of read_out is averaged over its grid, so that features tell where people are, which
+    perspective needs. With FOREGROUND it is averaged again with every position weighted by how far
+    the finest layer is from its value in the empty scene, so that people are told from furniture.
+    """
+    maps = keras.Model(resnet.input, [resnet.get_layer(name).output for name in read_out], name="resnet50")
+    frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
+    image = keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32"))
+    stages = maps(image)
+    stages = list(stages) if isinstance(stages, (list, tuple)) else [stages]
+    views = list(zip(stages, read_out.values()))
+    if FOREGROUND:
+        background = layers.Normalization(axis=(1, 2, 3), name="background")
+        distance = ops.sqrt(ops.mean(ops.square(background(stages[0])), axis=-1, keepdims=True))
+        foreground = ops.sigmoid(6.0 * (distance - 0.8))  # (h, w, 1): half at 0.8 of the usual distance
+        for stage, grid in list(views):
+            stride = round(stages[0].shape[1] / stage.shape[1])
+            weight = layers.AveragePooling2D(stride, padding="same")(foreground) if stride > 1 else foreground
+            views.append((stage * weight, grid))
+    pooled = []
+    for view, grid in views:
+        cell = [-(-side // cells) for side, cells in zip(view.shape[1:3], grid)]
+        pooled.append(layers.Flatten()(layers.AveragePooling2D(cell, padding="same")(view)))
+    features = layers.Concatenate()(pooled) if len(pooled) > 1 else pooled[0]
+    return keras.Model(frame, features, name="backbone")
+
+
+def fit_backbone(backbone, frames, random_weights):
+    """Fits the backbone's statistics to a sample of training frames (M, H, W, 3) uint8.
+
+    Random weights need the BatchNorm statistics of real activations, or deep layers carry no signal.
+    """
+    batches = np.array_split(frames, -(-len(frames) // 4))
+    if random_weights:
+        resnet = backbone.get_layer("resnet50")
+        for done, batch in enumerate(batches[:: -(-len(batches) // 4)]):  # some 16 frames are enough
+            for layer in resnet.layers:
+                if isinstance(layer, layers.BatchNormalization):
+                    layer.momentum = done / (done + 1)  # the plain mean over the batches
+            resnet(keras.applications.resnet50.preprocess_input(batch.astype("float32")), training=True)
+    if FOREGROUND:
+        background = backbone.get_layer("background")
+        finest = keras.Model(backbone.input, background.input)
+        empty = finest.predict_on_batch(np.median(frames, axis=0)[None].astype("uint8"))[0]  # (h, w, C)
+        square = [np.square(finest.predict_on_batch(b) - empty).mean(axis=(0, 1, 2)) for b in batches]
+        usual = np.sqrt(np.mean(square, axis=0))  # (C,): channels weigh alike in the distance
+        set_statistics(background, empty, np.broadcast_to(np.maximum(usual, usual.mean() / 10), empty.shape))
+
+
+def build_head(features, counts):
+    """Head: a window of features (T, F) -> the count of its last frame (1,), in people, never negative.
+
+    features: standardised by these rows of training frames (M, F), read in pieces.
+    counts: (M,) counts whose mean and deviation scale the output.
+    """
+    scaler = StandardScaler()
+    for start in range(0, len(counts), 256):
+        scaler.partial_fit(features[start : min(start + 256, len(counts))])
+    window = keras.Input((SEQUENCE_LENGTH, features.shape[1]), name="features")
+    scaling = layers.Normalization(name="feature_scaling")
+    x = scaling(window)
+    set_statistics(scaling, scaler.mean_[None], FEATURE_SPREAD * scaler.scale_[None])  # alike for all T frames
+    # One mask for all frames of a window (Gal & Ghahramani, "A theoretically grounded application of
+    # dropout in recurrent neural networks", NIPS 2016): on a linear layer this is ridge regression.
+    x = layers.Dropout(DROPOUT, noise_shape=(None, 1, features.shape[1]))(x)
+    x = layers.Dropout(FRAME_DROPOUT)(x)  # another for each frame: estimates disagree, the LSTM learns to weigh them
+    estimates = layers.Dense(1, kernel_initializer="zeros", name="frame_estimates")(x)  # (T, 1)
+    memory = layers.LSTM(LSTM_UNITS, name="lstm")(estimates)  # (LSTM_UNITS,)
+    correction = layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="dense")(memory)
+    x = layers.Add()([estimates[:, -1], correction])
+    x = layers.Rescaling(max(float(counts.std()), 1.0), float(counts.mean()), name="target_scaling")(x)
+    return keras.Model(window, layers.Activation("softplus", name="count")(x), name="head")
+
+
+def build_model(backbone, head):
+    """The whole network: windows of frames (T, H, W, 3) uint8 -> counts (1,)."""
+    windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="frames")
+    features = layers.TimeDistributed(backbone, name="time_distributed_resnet50")(windows)
+    return keras.Model(windows, head(features), name="ts_crowdnet")
+
+
+# == Training ======================================================================================
+
+
+def fingerprint(*things):
+    """A short name for what a stored file depends on: a digest of values and arrays."""
+    digest = hashlib.blake2b(digest_size=6)
+    for thing in things:
+        digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else repr(thing).encode())
+    return digest.hexdigest()
+
+
+def extract_features(backbone, frames, path):
+    """Runs each frame through the backbone once: memory-mapped features (N, F) float32.
+
+    They are appended to path + ".part", renamed when complete, so that an interrupted extraction
+    goes on with the batch it was at. Decoding runs one batch ahead, beside the backbone.
+    """
+    width, batch = backbone.output_shape[-1], 8
+    if not path.exists():
+        part = path.with_suffix(".part")
+        slices = [slice(start, start + batch) for start in range(0, len(frames), batch)]
+        with part.open("ab") as file, ThreadPoolExecutor(1) as decoder:
+            done = file.tell() // (batch * width * 4)
+            file.truncate(done * batch * width * 4)
+            progress = keras.utils.Progbar(len(frames), unit_name="frame", interval=progress_interval())
+            print(f"Extracting {width} features from each of {len(frames)} frames" + f", from frame {done * batch}" * (done > 0))
+            coming = decoder.submit(frames.__getitem__, slices[done]) if done < len(slices) else None
+            for here, after in itertools.zip_longest(slices[done:], slices[done + 1 :]):
+                pixels = coming.result()
+                coming = after and decoder.submit(frames.__getitem__, after)
+                file.write(backbone.predict_on_batch(pixels).astype("float32").tobytes())
+                progress.update(min(here.stop, len(frames)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    return np.memmap(path, "float32", "r", shape=(len(frames), width))
+
+
+def progress_interval():
+    """Seconds between updates of a progress bar: rarer in a log, where each is a line."""
+    return 0.1 if sys.stdout.isatty() else 20
+
+
+class Checkpoint(keras.callbacks.Callback):
+    """Keeps weights, optimizer and schedule of the last finished epoch, in one file that is always whole."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def on_epoch_end(self, epoch, logs=None):
+        new = self.path.with_name("new.weights.h5")
+        self.model.save_weights(new)
+        os.replace(new, self.path)
+
+
+def train(model, training, validation, path):
+    """Trains for EPOCHS epochs, going on from the checkpoint at path; returns the history table.
+
+    Validation frames are watched, never used: no early stopping, no best epoch, a fixed schedule.
+    """
+    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
+    optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
+    model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=False)  # XLA: 10 x slower on a CPU
+    optimizer.build(model.trainable_variables)
+    log = path.with_suffix(".csv")
+    done = 0
+    if path.exists():
+        model.load_weights(path)
+        done = int(optimizer.iterations) // len(training)
+        training.on_epoch_end(epochs=done)
+        whole = log.read_text().splitlines(keepends=True)[: done + 1]
+        write_whole(log, lambda new: new.write_text("".join(whole)))
+        print(f"Going on after epoch {done} of {EPOCHS}.")
+    model.fit(
+        training,
+        validation_data=validation,
+        epochs=EPOCHS,
+        initial_epoch=done,
+        callbacks=[keras.callbacks.CSVLogger(log, append=done > 0), Checkpoint(path)],
+        verbose=1 if sys.stdout.isatty() else 2,
+    )
+    return pd.read_csv(log)
+
+
+# == Evaluation ====================================================================================
+
+
+def accurate(true, predicted):
+    """Which counts are within TOLERANCE of the truth; a true 0 asks for a prediction that rounds to 0."""
+    return np.where(true == 0, np.round(predicted) == 0, np.abs(predicted - true) <= TOLERANCE * true)
+
+
+def measure(true, predicted):
+    """Metrics of counts (M,) in people: mae, mse, rmse, accuracy (share) and pearson_r (None if undefined)."""
+    mse = mean_squared_error(true, predicted)
+    varied = len(true) > 1 and np.ptp(true) > 0 and np.ptp(predicted) > 0
+    return {
+        "mae": float(mean_absolute_error(true, predicted)),
+        "mse": float(mse),
+        "rmse": float(np.sqrt(mse)),
+        "accuracy": float(accurate(true, predicted).mean()),
+        "pearson_r": float(scipy.stats.pearsonr(true, predicted).statistic) if varied else None,
+    }
+
+
+def summarise(metrics, baseline):
+    """The closing table: each metric, its meaning, and what always predicting the training mean scores."""
+    r = metrics["pearson_r"]
+    rows = [
+        ("Mean Absolute Error (MAE)", f"{metrics['mae']:.3f}", f"{baseline['mae']:.3f}", "people off, on average"),
+        ("Mean Squared Error (MSE)", f"{metrics['mse']:.3f}", f"{baseline['mse']:.3f}", "people squared; big misses weigh more"),
+        ("Root of the MSE (RMSE)", f"{metrics['rmse']:.3f}", f"{baseline['rmse']:.3f}", "people; the usual size of a miss"),
+        (f"Accuracy within {TOLERANCE:.0%}", f"{metrics['accuracy']:.2%}", f"{baseline['accuracy']:.2%}", "of counts that close to the truth"),
+        ("Pearson r", "undefined" if r is None else f"{r:.3f}", "", "1: counts rise and fall with the truth"),
+    ]
+    print(f"{'':27}{'this model':>12}{'mean count':>12}")
+    for row in rows:
+        print("{:27}{:>12}{:>12}   {}".format(*row))
+
+
+# == Figures and report ============================================================================
+
+
+def write_whole(path, write):
+    """Calls write(temporary path), then renames: the file at path is the old one or the new, never half."""
+    new = path.with_name("new-" + path.name)
+    write(new)
+    os.replace(new, path)
+
+
+def draw_loss(history, caption):
+    """Training and validation loss over the epochs."""
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    curves = history.rename(columns={"loss": "training", "val_loss": "validation"})
+    curves = curves.assign(epoch=curves["epoch"] + 1).melt("epoch", ["training", "validation"], "frames", "loss")
+    sns.lineplot(curves, x="epoch", y="loss", hue="frames", style="frames", ax=axes)
+    axes.set(yscale="log", xlabel="Epoch", ylabel="Mean squared error (people²)")
+    axes.set_title(caption, fontsize="small")
+    return figure
+
+
+def draw_predictions(table, metrics, caption):
+    """Predicted against true counts of the validation frames, with the identity line and the band."""
+    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    low, high = min(table["true"].min(), table["predicted"].min()) - 2, max(table["true"].max(), table["predicted"].max()) + 2
+    line = np.array([max(low, 0), high])
+    axes.fill_between(line, line * (1 - TOLERANCE), line * (1 + TOLERANCE), color="0.92", label=f"within {TOLERANCE:.0%}")
+    axes.plot(line, line, color="0.4", linewidth=1, label="exact")
+    sns.scatterplot(table, x="true", y="predicted", s=18, alpha=0.6, ax=axes, legend=False)
+    r = metrics["pearson_r"]
+    text = f"MAE {metrics['mae']:.2f}\nMSE {metrics['mse']:.2f}\nRMSE {metrics['rmse']:.2f}\nwithin {TOLERANCE:.0%}: {metrics['accuracy']:.1%}"
+    axes.text(0.03, 0.97, text + (f"\nr {r:.3f}" if r is not None else ""), va="top", transform=axes.transAxes)
+    axes.set(xlim=line, ylim=line, aspect="equal", xlabel="True count (people)", ylabel="Predicted count (people)")
+    axes.set_title(caption, fontsize="small")
+    axes.legend(loc="lower right")
+    return figure
+
+
+def draw_timeline(table, caption):
+    """True and predicted counts over all frames, with the split."""
+    figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+    axes.plot(table["id"], table["true"], color="0.35", linewidth=1, label="true")
+    for split, part in table.groupby("split", sort=False):
+        axes.plot(part["id"], part["predicted"], linewidth=1, label=f"predicted, {split}")
+    axes.axvline(table.loc[table["split"] == "validation", "id"].min() - 0.5, color="0.5", linestyle="--", linewidth=1)
+    axes.set(xlabel="Frame", ylabel="People", xlim=(table["id"].min(), table["id"].max()))
+    axes.set_title(caption, fontsize="small")
+    axes.legend(ncols=3, loc="upper left")
+    return figure
+
+
+def draw_examples(table, paths, caption):
+    """The best, the median and the worst predicted validation frame, with their counts."""
+    ranked = table.assign(error=(table["predicted"] - table["true"]).abs()).sort_values("error")
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    for ax, name, place in zip(axes, ("best", "median", "worst"), (0, len(ranked) // 2, -1)):
+        row = ranked.iloc[place]
+        with Image.open(paths[row.name]) as image:
+            ax.imshow(ImageOps.exif_transpose(image).convert("RGB"))
+        ax.set_title(f"{name}: frame {row['id']}, true {row['true']:.0f}, predicted {row['predicted']:.1f}", fontsize="small")
+        ax.axis("off")
+    figure.suptitle(caption, fontsize="small")
+    return figure
+
+
+def publish(outputs, writers):
+    """Writes every result {file name: write(path)} under another name, then renames them all.
+
+    The results of an earlier run stay readable until all the new ones are whole.
+    """
+    for name, write in writers.items():
+        write(outputs / f"new-{name}")
+    for name in writers:
+        os.replace(outputs / f"new-{name}", outputs / name)
+
+
+@contextlib.contextmanager
+def only_run(outputs):
+    """Refuses a second run into the same folder; the lock ends with the process, however it ends."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    with (outputs / ".lock").open("w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{outputs}: another run writes here; wait for it, or set OUTPUTS to another folder") from None
+        yield
+
+
+def count_people(model, frames):
+    """Counts the people in new frames of the camera that a model was trained on.
+
+    model: path of a ts_crowdnet.keras, or the loaded model.
+    frames: a folder of images, taken in the order of their names, or a list of paths in order of time.
+    Returns a Series of counts indexed by file name. Each frame passes the backbone once; memory does
+    not grow with the number of frames.
+    """
+    if isinstance(model, (str, Path)):
+        try:
+            model = keras.saving.load_model(model, compile=False)
+        except Exception as error:  # zipfile, h5py and Keras raise many kinds
+            raise InputError(f"{model}: no model written by this script ({error}); train one first") from None
+    backbone, head = model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
+    length, height, width = model.input_shape[1:4]
+    if isinstance(frames, (str, Path)):
+        suffixes = set(Image.registered_extensions())
+        frames = sorted(path for path in Path(frames).iterdir() if path.suffix.lower() in suffixes)
+    paths, batch = np.array([Path(path) for path in frames]), 8
+    if not len(paths):
+        raise InputError("no images to count")
+    source, counts, recent = Frames(paths, (height, width)), [], None
+    progress = keras.utils.Progbar(len(paths), unit_name="frame", interval=progress_interval())
+    for start in range(0, len(paths), batch):
+        new = np.asarray(backbone.predict_on_batch(source[start : start + batch]))  # (b, F)
+        recent = np.repeat(new[:1], length - 1, axis=0) if recent is None else recent
+        known = np.concatenate([recent, new])  # (length - 1 + b, F)
+        windows = known[np.arange(len(new))[:, None] + np.arange(length)]  # (b, length, F)
+        counts.append(np.asarray(head.predict_on_batch(windows))[:, 0])
+        recent = known[len(new) :]
+        progress.update(start + len(new))
+    return pd.Series(np.concatenate(counts), pd.Index([path.name for path in paths], name="frame"), name="count")
+
+
+def count_folder():
+    """The COUNT mode: counts.csv and counts.png in OUTPUTS from the model there."""
+    model, folder, outputs = at(OUTPUTS) / "ts_crowdnet.keras", at(COUNT), at(OUTPUTS)
+    if not model.is_file():
+        raise InputError(f"{model}: no such model; train one first (COUNT = None)")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; set COUNT to a folder of frames")
+    with only_run(outputs):
+        counts = count_people(model, folder)
+        figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+        axes.plot(np.arange(1, len(counts) + 1), counts.to_numpy(), linewidth=1)
+        axes.set(xlabel="Frame", ylabel="Predicted count (people)")
+        publish(outputs, {"counts.csv": lambda path: counts.to_csv(path, float_format="%.3f"), "counts.png": figure.savefig})
+    print(f"{counts.mean():.1f} people a frame on average, {counts.max():.1f} at most: {outputs / 'counts.csv'}")
+
+
+# == Main ==========================================================================================
+
+
+def main():
+    """Labels -> frames -> features -> head -> whole model -> figures and numbers."""
+    check_constants()
+    if COUNT is not None:
+        return count_folder()
+    seconds, lap = {}, START
+
+    def phase(name):
+        nonlocal lap
+        seconds[name], lap = round(time.perf_counter() - lap, 2), time.perf_counter()
+
+    sns.set_theme(context="paper", style="ticks")
+    keras.utils.set_random_seed(SEED)
+    phase("import")
+
+    labels = read_labels(at(LABELS))
+    counts, split = labels.to_numpy(), round(len(labels) * TRAIN_FRACTION)
+    if not 0 < split < len(labels) or len(labels) < SEQUENCE_LENGTH:
+        raise InputError(f"{at(LABELS)}: {len(labels)} frames are too few for TRAIN_FRACTION = {TRAIN_FRACTION} "
+                         f"and SEQUENCE_LENGTH = {SEQUENCE_LENGTH}; add frames or change these")  # fmt: skip
+    paths, digest = find_frames(labels.index)
+    frames = Frames(paths, FRAME_SIZE)
+    windows = make_windows(labels.index.to_numpy(), SEQUENCE_LENGTH)  # (N, T)
+    with Image.open(paths[0]) as image:
+        synthetic = image.info.get("comment") == b"synthetic mall sample"
+    print(f"{len(labels)} frames: {split} to train, {len(labels) - split} to validate."
+          + " They are the rendered sample: see the README to put Mall in its place." * synthetic)  # fmt: skip
+    phase("check frames")
+
+    resnet, weights = load_resnet50()
+    random_weights = weights.startswith("random")
+    read_out = READ_OUT_RANDOM if random_weights else READ_OUT
+    unknown = set(read_out) - {layer.name for layer in resnet.layers}
+    if unknown:
+        raise InputError(f"READ_OUT{'_RANDOM' * random_weights}: ResNet50 has no layer {first_few(sorted(unknown))}; "
+                         "load_resnet50()[0].summary() lists them")  # fmt: skip
+    backbone = build_backbone(resnet, read_out)
+    sample = np.unique(np.linspace(0, split - 1, CALIBRATION_FRAMES).astype(int))
+    fit_backbone(backbone, frames[sample], random_weights)
+    backbone.trainable = False
+    phase("fit backbone")
+
+    outputs = at(OUTPUTS)
+    with only_run(outputs):
+        seen = fingerprint(digest, FRAME_SIZE, read_out, FOREGROUND, *backbone.get_weights())
+        cache = outputs / f"features-{seen}.float32"
+        stale = set(outputs.glob("features-*")) - {cache, cache.with_suffix(".part")}
+        for path in stale:
+            path.unlink()
+        features = extract_features(backbone, frames, cache)
+        phase("extract features")
+
+        head = build_head(features, counts[:split])
+        model = build_model(backbone, head)
+        source = features if CACHE_FEATURES else frames
+        training = WindowSequence(source, windows[:split], counts[:split], shuffle=True)
+        validation = WindowSequence(source, windows[split:], counts[split:])
+        setting = (counts, windows, split, DROPOUT, FRAME_DROPOUT, FEATURE_SPREAD, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE,
+                   WEIGHT_DECAY, SEED, CACHE_FEATURES)  # fmt: skip
+        checkpoint = outputs / f"checkpoint-{fingerprint(seen, *setting)}.weights.h5"
+        history = train(head if CACHE_FEATURES else model, training, validation, checkpoint)
+        phase("train")
+
+        everything = WindowSequence(source, windows, counts)
+        predicted = (head if CACHE_FEATURES else model).predict(everything, verbose=0)[:, 0]
+        table = pd.DataFrame({"id": labels.index, "split": np.where(np.arange(len(counts)) < split, "train", "validation"),
+                              "true": counts.astype(int), "predicted": predicted})  # fmt: skip
+        held_out = table[table["split"] == "validation"]
+        metrics = measure(held_out["true"], held_out["predicted"])
+        baseline = measure(held_out["true"], np.full(len(held_out), counts[:split].mean()))
+        phase("evaluate")
+
+        caption = f"ResNet50 weights: {weights}; validation frames {held_out['id'].iloc[0]}-{held_out['id'].iloc[-1]}"
+        figures = {
+            "loss.png": draw_loss(history, caption),
+            "predictions.png": draw_predictions(held_out, metrics, caption),
+            "timeline.png": draw_timeline(table, caption),
+            "examples.png": draw_examples(held_out, paths, caption),
+        }
+        report = metrics | {
+            "baseline_mae": baseline["mae"],
+            "frames": len(labels),
+            "train_frames": split,
+            "validation_frames": len(labels) - split,
+            "weights": weights,
+            "seconds": seconds,
+            "constants": {name: value for name, value in globals().items() if name.isupper() and name not in ("START", "ROOT")},
+            "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (keras, np, pd, sklearn)},
+        }
+        publish(outputs, {
+            "ts_crowdnet.keras": model.save,
+            "history.csv": lambda path: history.to_csv(path, index=False),
+            "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
+            **{name: lambda path, figure=figure: figure.savefig(path, dpi=150) for name, figure in figures.items()},
+            "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
+        })  # fmt: skip
+        checkpoint.unlink(); checkpoint.with_suffix(".csv").unlink()
+    summarise(metrics, baseline)
+    print(f"Results: {outputs}")
+    if plt.get_backend().lower() != "agg":
+        plt.show()
+
+
+def run_as_script():
+    """main(), with one line instead of a traceback for what the user can put right."""
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"Error: {' '.join(str(error).split())}")
+    except KeyboardInterrupt:
+        sys.exit("\nInterrupted: run the same command again to go on from here.")
+    except OSError as error:
+        sys.exit(f"Error: {error.filename or at(OUTPUTS)}: {error.strerror or error}; free space or correct the path, then run again")
+
+
+if __name__ == "__main__":
+    run_as_script()
