@@ -18,6 +18,7 @@ Change the constants below and run again; an interrupted run goes on where it st
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import itertools
@@ -86,11 +87,12 @@ READ_OUT = {"conv1_relu": (6, 8), "conv3_block4_out": (3, 4), "conv4_block6_out"
 READ_OUT_RANDOM = {"conv1_relu": (6, 8)}  # with random weights, whose deeper layers add noise and time
 FOREGROUND = True  # read every layer a second time where the frame differs from the empty scene
 CALIBRATION_FRAMES = 96  # training frames that show the empty scene; more if it is seldom empty
+FRAME_BATCH = 8  # frames the backbone sees at once; less memory with fewer, no faster on a CPU with more
 CACHE_FEATURES = True  # False: every window through TimeDistributed ResNet50 at every epoch, as
 # published; same result, some 200 x slower
 
 # -- Head: each frame's features -> Dense -> an estimate; LSTM over the window's estimates -> Dense ----
-DROPOUT = 0.47  # of features; raise it for little training data, lower it for much
+DROPOUT = 0.33  # of features; raise it for little training data, lower it for much
 FRAME_DROPOUT = 0.1  # more where neighbouring frames show the same people: the LSTM trusts them more
 LSTM_UNITS = 16  # more where neighbouring frames tell much of each other, as in video at 25 frames/s
 FEATURE_SPREAD = 10.0  # features are scaled to a deviation of 1 / this; higher: slower, steadier learning
@@ -108,7 +110,10 @@ COUNT = None  # a folder of new frames to count with the model in OUTPUTS, inste
 
 
 class InputError(ValueError):
-    """Something the user can put right; the message names it and the remedy."""
+    """Something the user can put right; the message, one line, names it and the remedy."""
+
+    def __str__(self):
+        return " ".join(super().__str__().split())
 
 
 def at(name):
@@ -128,7 +133,7 @@ def check_constants():
         "FRAME_SIZE": (lambda value: len(value) == 2 and min(value) >= 32, "(height, width), 32 pixels or more: ResNet50's least"),
         "TRAIN_FRACTION": (lambda value: 0 < value < 1, "a number between 0 and 1, both excluded"),
         "READ_OUT READ_OUT_RANDOM": (grids, "{ResNet50 layer: (rows, columns) of a grid of 1 x 1 or more, ...}"),
-        "SEQUENCE_LENGTH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS": (whole(1), "a whole number, 1 or more"),
+        "SEQUENCE_LENGTH FRAME_BATCH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS": (whole(1), "a whole number, 1 or more"),
         "DROPOUT FRAME_DROPOUT": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
         "FEATURE_SPREAD LEARNING_RATE": (lambda value: value > 0, "a number above 0"),
         "WEIGHT_DECAY TOLERANCE": (lambda value: value >= 0, "a number, 0 or more"),
@@ -140,6 +145,54 @@ def check_constants():
                 if fine(globals()[name]):
                     continue
             raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
+
+
+# == Files in OUTPUTS: whole or absent, whenever a run is cut short ================================
+
+
+@contextlib.contextmanager
+def only_run(outputs):
+    """Refuses a second run into the same folder; the lock ends with the process, however it ends."""
+    outputs.mkdir(parents=True, exist_ok=True)
+    with (outputs / ".lock").open("w") as file:
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{outputs}: another run writes here; wait for it, or set OUTPUTS to another folder") from None
+        yield
+
+
+def publish(outputs, writers):
+    """Writes every result {file name: write(path)} under another name, then renames them all.
+
+    The results of an earlier run stay readable until all the new ones are whole.
+    """
+    for name, write in writers.items():
+        write(outputs / f"new-{name}")
+    for name in writers:
+        os.replace(outputs / f"new-{name}", outputs / name)
+
+
+def drop_others(outputs, pattern, kept):
+    """Deletes the files of pattern whose names do not start with kept (None: all); returns how many."""
+    others = [path for path in outputs.glob(pattern) if kept is None or not path.name.startswith(kept)]
+    for path in others:
+        path.unlink()
+    return len(others)
+
+
+def fingerprint(*things):
+    """A short name for what a stored file depends on: a digest of values and arrays."""
+    digest = hashlib.blake2b(digest_size=6)
+    for thing in things:
+        digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else repr(thing).encode())
+    return digest.hexdigest()
+
+
+def progress_interval():
+    """Seconds between updates of a progress bar: rarer in a log, where each is a line."""
+    return 0.1 if sys.stdout.isatty() else 20
 
 
 # == Data ==========================================================================================
@@ -170,14 +223,16 @@ def read_labels(path):
         try:
             table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, skip_blank_lines=False)
             table.columns = table.columns.str.strip().str.lower()
-            table = table.rename(columns=str.strip)[["id", "count"]]
+            table = table[["id", "count"]].set_axis(["id", "count"], axis=1)  # a column twice is an error
         except Exception as error:  # pandas raises many kinds for what is no CSV
             raise InputError(
                 f"{path}: no CSV table with columns id and count ({error}); the first line must be id,count"
             ) from None
         rows = "row " + (table.index + 2).astype(str)
     table = table.set_index(rows).dropna(how="all")
-    numbers = table.apply(pd.to_numeric, errors="coerce")
+    if table.empty:
+        raise InputError(f"{path}: no labels; give one row id,count for each frame")
+    numbers = table.apply(pd.to_numeric, errors="coerce").astype(float)
     problems = {
         "id": ("no whole number from 0 to 999999999", ~numbers["id"].between(0, 999_999_999) | (numbers["id"] % 1 != 0)),
         "count": ("no whole number from 0 to 1000000", ~numbers["count"].between(0, 1e6) | (numbers["count"] % 1 != 0)),
@@ -188,8 +243,6 @@ def read_labels(path):
             row, value = found.idxmax(), table.loc[found.idxmax(), column.strip()]
             more = f" ({found.sum()} such rows)" if found.sum() > 1 else ""
             raise InputError(f"{path}, {row}: {column.strip()} {value!r} is {problem}{more}; correct or delete the row")
-    if numbers.empty:
-        raise InputError(f"{path}: no labels; give one row id,count for each frame")
     counts = pd.Series(numbers["count"].to_numpy(float), numbers["id"].astype(int).to_numpy(), name="count")
     return counts.sort_index()
 
@@ -326,9 +379,10 @@ def load_resnet50():
     He et al., "Deep residual learning for image recognition", CVPR 2016; keras.applications.
     Raises InputError when WEIGHTS names a file that does not fit.
     """
-    build = lambda weights: keras.applications.ResNet50(  # noqa: E731
-        include_top=False, weights=weights, input_shape=(*FRAME_SIZE, 3)
-    )
+    def build(weights):
+        keras.utils.set_random_seed(SEED)  # the same random weights whatever happened before
+        return keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(*FRAME_SIZE, 3))
+
     if WEIGHTS is None:
         return build(None), "random"
     if WEIGHTS == "imagenet":
@@ -336,16 +390,17 @@ def load_resnet50():
             return build("imagenet"), "imagenet"
         except Exception as error:  # Keras raises a bare Exception when the download fails
             print(
-                f"Warning: no ImageNet weights ({str(error).splitlines()[0]}); going on with random ones. Download "
+                f"Warning: no ImageNet weights ({' '.join(str(error).split())}); going on with random ones. Download "
                 "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5 elsewhere and set WEIGHTS to its path.",
                 file=sys.stderr,
             )
             return build(None), "random (the ImageNet weights could not be downloaded)"
     try:
-        return build(str(at(WEIGHTS))), str(WEIGHTS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # Keras only warns of layers that it finds no weights for
+            return build(str(at(WEIGHTS))), str(WEIGHTS)
     except Exception as error:  # h5py and Keras raise many kinds
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{at(WEIGHTS)}: no weights of a Keras ResNet50 without its top ({reason})") from None
+        raise InputError(f"{at(WEIGHTS)}: no weights of a Keras ResNet50 without its top ({error})") from None
 
 
 def set_statistics(normalization, mean, deviation):
@@ -398,10 +453,28 @@ def fit_backbone(backbone, frames, random_weights):
     if FOREGROUND:
         background = backbone.get_layer("background")
         finest = keras.Model(backbone.input, background.input)
-        empty = finest.predict_on_batch(np.median(frames, axis=0)[None].astype("uint8"))[0]  # (h, w, C)
-        square = [np.square(finest.predict_on_batch(b) - empty).mean(axis=(0, 1, 2)) for b in batches]
+        maps = lambda batch: ops.convert_to_numpy(finest(batch, training=False))  # noqa: E731
+        empty = maps(np.median(frames, axis=0)[None].astype("uint8"))[0]  # (h, w, C)
+        square = [np.square(maps(batch) - empty).mean(axis=(0, 1, 2)) for batch in batches]
         usual = np.sqrt(np.mean(square, axis=0))  # (C,): channels weigh alike in the distance
         set_statistics(background, empty, np.broadcast_to(np.maximum(usual, usual.mean() / 10), empty.shape))
+
+
+def prepare_backbone(frames, split):
+    """The frozen backbone, fitted to an even sample of the first split frames: (backbone, what its weights are)."""
+    resnet, weights = load_resnet50()
+    random_weights = weights.startswith("random")
+    read_out = READ_OUT_RANDOM if random_weights else READ_OUT
+    unknown = sorted(set(read_out) - {layer.name for layer in resnet.layers})
+    if unknown:
+        raise InputError(
+            f"READ_OUT{'_RANDOM' * random_weights}: ResNet50 has no layer {first_few(unknown)}; "
+            "load_resnet50()[0].summary() lists them"
+        )
+    backbone = build_backbone(resnet, read_out)
+    fit_backbone(backbone, frames[np.unique(np.linspace(0, split - 1, CALIBRATION_FRAMES).astype(int))], random_weights)
+    backbone.trainable = False
+    return backbone, weights
 
 
 def build_head(features, counts):
@@ -439,12 +512,10 @@ def build_model(backbone, head):
 # == Training ======================================================================================
 
 
-def fingerprint(*things):
-    """A short name for what a stored file depends on: a digest of values and arrays."""
-    digest = hashlib.blake2b(digest_size=6)
-    for thing in things:
-        digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else repr(thing).encode())
-    return digest.hexdigest()
+def predict_batch(model, batch):
+    """Output for up to FRAME_BATCH inputs, filled up by repetition: one shape, so one traced graph."""
+    full = np.resize(batch, (FRAME_BATCH, *batch.shape[1:]))
+    return ops.convert_to_numpy(model.predict_on_batch(full))[: len(batch)]
 
 
 def extract_features(backbone, frames, path):
@@ -453,7 +524,7 @@ def extract_features(backbone, frames, path):
     They are appended to path + ".part", renamed when complete, so that an interrupted extraction
     goes on with the batch it was at. Decoding runs one batch ahead, beside the backbone.
     """
-    width, batch = backbone.output_shape[-1], 8
+    width, batch = backbone.output_shape[-1], FRAME_BATCH
     if not path.exists():
         part = path.with_suffix(".part")
         slices = [slice(start, start + batch) for start in range(0, len(frames), batch)]
@@ -466,7 +537,7 @@ def extract_features(backbone, frames, path):
             for here, after in itertools.zip_longest(slices[done:], slices[done + 1 :]):
                 pixels = coming.result()
                 coming = after and decoder.submit(frames.__getitem__, after)
-                file.write(backbone.predict_on_batch(pixels).astype("float32").tobytes())
+                file.write(predict_batch(backbone, pixels).tobytes())
                 progress.update(min(here.stop, len(frames)))
             file.flush()
             os.fsync(file.fileno())
@@ -474,17 +545,20 @@ def extract_features(backbone, frames, path):
     return np.memmap(path, "float32", "r", shape=(len(frames), width))
 
 
-def progress_interval():
-    """Seconds between updates of a progress bar: rarer in a log, where each is a line."""
-    return 0.1 if sys.stdout.isatty() else 20
-
-
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps weights, optimizer and schedule of the last finished epoch, in one file that is always whole."""
+    """Keeps weights, optimizer and schedule of the last finished epoch, in one file that is always whole.
+
+    Dropout is reseeded at each epoch: Keras does not save its state, and a resumed run must draw the same.
+    """
 
     def __init__(self, path):
         super().__init__()
         self.path = path
+
+    def on_epoch_begin(self, epoch, logs=None):
+        states = [variable for variable in self.model.variables if "seed_generator_state" in variable.path]
+        for number, state in enumerate(states):
+            state.assign([SEED % 2**32, (epoch * len(states) + number) * 2**16])
 
     def on_epoch_end(self, epoch, logs=None):
         new = self.path.with_name("new.weights.h5")
@@ -507,8 +581,8 @@ def train(model, training, validation, path):
         model.load_weights(path)
         done = int(optimizer.iterations) // len(training)
         training.on_epoch_end(epochs=done)
-        whole = log.read_text().splitlines(keepends=True)[: done + 1]
-        write_whole(log, lambda new: new.write_text("".join(whole)))
+        rows = log.read_text().splitlines(keepends=True)[: done + 1]  # a killed run may have logged more
+        publish(log.parent, {log.name: lambda new: new.write_text("".join(rows))})
         print(f"Going on after epoch {done} of {EPOCHS}.")
     model.fit(
         training,
@@ -516,6 +590,7 @@ def train(model, training, validation, path):
         epochs=EPOCHS,
         initial_epoch=done,
         callbacks=[keras.callbacks.CSVLogger(log, append=done > 0), Checkpoint(path)],
+        shuffle=False,  # the Sequence shuffles; Keras would deal its batches by a state that no resumed run has
         verbose=1 if sys.stdout.isatty() else 2,
     )
     return pd.read_csv(log)
@@ -560,25 +635,17 @@ def summarise(metrics, baseline):
 # == Figures and report ============================================================================
 
 
-def write_whole(path, write):
-    """Calls write(temporary path), then renames: the file at path is the old one or the new, never half."""
-    new = path.with_name("new-" + path.name)
-    write(new)
-    os.replace(new, path)
-
-
-def draw_loss(history, caption):
+def draw_loss(history):
     """Training and validation loss over the epochs."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     curves = history.rename(columns={"loss": "training", "val_loss": "validation"})
     curves = curves.assign(epoch=curves["epoch"] + 1).melt("epoch", ["training", "validation"], "frames", "loss")
     sns.lineplot(curves, x="epoch", y="loss", hue="frames", style="frames", ax=axes)
     axes.set(yscale="log", xlabel="Epoch", ylabel="Mean squared error (people²)")
-    axes.set_title(caption, fontsize="small")
     return figure
 
 
-def draw_predictions(table, metrics, caption):
+def draw_predictions(table, metrics):
     """Predicted against true counts of the validation frames, with the identity line and the band."""
     figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
     low, high = min(table["true"].min(), table["predicted"].min()) - 2, max(table["true"].max(), table["predicted"].max()) + 2
@@ -590,25 +657,23 @@ def draw_predictions(table, metrics, caption):
     text = f"MAE {metrics['mae']:.2f}\nMSE {metrics['mse']:.2f}\nRMSE {metrics['rmse']:.2f}\nwithin {TOLERANCE:.0%}: {metrics['accuracy']:.1%}"
     axes.text(0.03, 0.97, text + (f"\nr {r:.3f}" if r is not None else ""), va="top", transform=axes.transAxes)
     axes.set(xlim=line, ylim=line, aspect="equal", xlabel="True count (people)", ylabel="Predicted count (people)")
-    axes.set_title(caption, fontsize="small")
     axes.legend(loc="lower right")
     return figure
 
 
-def draw_timeline(table, caption):
+def draw_timeline(table, split_id):
     """True and predicted counts over all frames, with the split."""
     figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
     axes.plot(table["id"], table["true"], color="0.35", linewidth=1, label="true")
     for split, part in table.groupby("split", sort=False):
         axes.plot(part["id"], part["predicted"], linewidth=1, label=f"predicted, {split}")
-    axes.axvline(table.loc[table["split"] == "validation", "id"].min() - 0.5, color="0.5", linestyle="--", linewidth=1)
+    axes.axvline(split_id - 0.5, color="0.5", linestyle="--", linewidth=1)
     axes.set(xlabel="Frame", ylabel="People", xlim=(table["id"].min(), table["id"].max()))
-    axes.set_title(caption, fontsize="small")
     axes.legend(ncols=3, loc="upper left")
     return figure
 
 
-def draw_examples(table, paths, caption):
+def draw_examples(table, paths):
     """The best, the median and the worst predicted validation frame, with their counts."""
     ranked = table.assign(error=(table["predicted"] - table["true"]).abs()).sort_values("error")
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
@@ -618,32 +683,7 @@ def draw_examples(table, paths, caption):
             ax.imshow(ImageOps.exif_transpose(image).convert("RGB"))
         ax.set_title(f"{name}: frame {row['id']}, true {row['true']:.0f}, predicted {row['predicted']:.1f}", fontsize="small")
         ax.axis("off")
-    figure.suptitle(caption, fontsize="small")
     return figure
-
-
-def publish(outputs, writers):
-    """Writes every result {file name: write(path)} under another name, then renames them all.
-
-    The results of an earlier run stay readable until all the new ones are whole.
-    """
-    for name, write in writers.items():
-        write(outputs / f"new-{name}")
-    for name in writers:
-        os.replace(outputs / f"new-{name}", outputs / name)
-
-
-@contextlib.contextmanager
-def only_run(outputs):
-    """Refuses a second run into the same folder; the lock ends with the process, however it ends."""
-    outputs.mkdir(parents=True, exist_ok=True)
-    with (outputs / ".lock").open("w") as file:
-        try:
-            if fcntl:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{outputs}: another run writes here; wait for it, or set OUTPUTS to another folder") from None
-        yield
 
 
 def count_people(model, frames):
@@ -664,17 +704,17 @@ def count_people(model, frames):
     if isinstance(frames, (str, Path)):
         suffixes = set(Image.registered_extensions())
         frames = sorted(path for path in Path(frames).iterdir() if path.suffix.lower() in suffixes)
-    paths, batch = np.array([Path(path) for path in frames]), 8
+    paths = np.array([Path(path) for path in frames])
     if not len(paths):
         raise InputError("no images to count")
     source, counts, recent = Frames(paths, (height, width)), [], None
     progress = keras.utils.Progbar(len(paths), unit_name="frame", interval=progress_interval())
-    for start in range(0, len(paths), batch):
-        new = np.asarray(backbone.predict_on_batch(source[start : start + batch]))  # (b, F)
+    for start in range(0, len(paths), FRAME_BATCH):
+        new = predict_batch(backbone, source[start : start + FRAME_BATCH])  # (b, F)
         recent = np.repeat(new[:1], length - 1, axis=0) if recent is None else recent
         known = np.concatenate([recent, new])  # (length - 1 + b, F)
         windows = known[np.arange(len(new))[:, None] + np.arange(length)]  # (b, length, F)
-        counts.append(np.asarray(head.predict_on_batch(windows))[:, 0])
+        counts.append(predict_batch(head, windows)[:, 0])
         recent = known[len(new) :]
         progress.update(start + len(new))
     return pd.Series(np.concatenate(counts), pd.Index([path.name for path in paths], name="frame"), name="count")
@@ -704,102 +744,93 @@ def main():
     check_constants()
     if COUNT is not None:
         return count_folder()
-    seconds, lap = {}, START
-
-    def phase(name):
-        nonlocal lap
-        seconds[name], lap = round(time.perf_counter() - lap, 2), time.perf_counter()
-
     sns.set_theme(context="paper", style="ticks")
-    keras.utils.set_random_seed(SEED)
-    phase("import")
+    phases = {"import": time.perf_counter()}  # when each phase ended
 
     labels = read_labels(at(LABELS))
     counts, split = labels.to_numpy(), round(len(labels) * TRAIN_FRACTION)
     if not 0 < split < len(labels) or len(labels) < SEQUENCE_LENGTH:
-        raise InputError(f"{at(LABELS)}: {len(labels)} frames are too few for TRAIN_FRACTION = {TRAIN_FRACTION} "
-                         f"and SEQUENCE_LENGTH = {SEQUENCE_LENGTH}; add frames or change these")  # fmt: skip
+        raise InputError(
+            f"{at(LABELS)}: {len(labels)} frames are too few for TRAIN_FRACTION = {TRAIN_FRACTION} and "
+            f"SEQUENCE_LENGTH = {SEQUENCE_LENGTH}; add frames or change these"
+        )
     paths, digest = find_frames(labels.index)
-    frames = Frames(paths, FRAME_SIZE)
-    windows = make_windows(labels.index.to_numpy(), SEQUENCE_LENGTH)  # (N, T)
     with Image.open(paths[0]) as image:
         synthetic = image.info.get("comment") == b"synthetic mall sample"
-    print(f"{len(labels)} frames: {split} to train, {len(labels) - split} to validate."
-          + " They are the rendered sample: see the README to put Mall in its place." * synthetic)  # fmt: skip
-    phase("check frames")
+    print(f"{len(labels)} frames: the first {split} train, the last {len(labels) - split} validate.")
+    if synthetic:
+        print("They are the rendered sample, no real people: the README says how to put Mall in its place.")
+    frames = Frames(paths, FRAME_SIZE)
+    windows = make_windows(labels.index.to_numpy(), SEQUENCE_LENGTH)  # (N, T)
+    phases["check frames"] = time.perf_counter()
 
-    resnet, weights = load_resnet50()
-    random_weights = weights.startswith("random")
-    read_out = READ_OUT_RANDOM if random_weights else READ_OUT
-    unknown = set(read_out) - {layer.name for layer in resnet.layers}
-    if unknown:
-        raise InputError(f"READ_OUT{'_RANDOM' * random_weights}: ResNet50 has no layer {first_few(sorted(unknown))}; "
-                         "load_resnet50()[0].summary() lists them")  # fmt: skip
-    backbone = build_backbone(resnet, read_out)
-    sample = np.unique(np.linspace(0, split - 1, CALIBRATION_FRAMES).astype(int))
-    fit_backbone(backbone, frames[sample], random_weights)
-    backbone.trainable = False
-    phase("fit backbone")
+    backbone, weights = prepare_backbone(frames, split)
+    phases["fit backbone"] = time.perf_counter()
 
     outputs = at(OUTPUTS)
     with only_run(outputs):
-        seen = fingerprint(digest, FRAME_SIZE, read_out, FOREGROUND, *backbone.get_weights())
+        seen = fingerprint(digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, READ_OUT, READ_OUT_RANDOM, *backbone.get_weights())
         cache = outputs / f"features-{seen}.float32"
-        stale = set(outputs.glob("features-*")) - {cache, cache.with_suffix(".part")}
-        for path in stale:
-            path.unlink()
-        features = extract_features(backbone, frames, cache)
-        phase("extract features")
+        drop_others(outputs, "features-*", cache.stem)
+        features = extract_features(backbone, frames, cache)  # (N, F)
+        phases["extract features"] = time.perf_counter()
 
+        keras.utils.set_random_seed(SEED)
         head = build_head(features, counts[:split])
         model = build_model(backbone, head)
-        source = features if CACHE_FEATURES else frames
+        source, trained = (features, head) if CACHE_FEATURES else (frames, model)
         training = WindowSequence(source, windows[:split], counts[:split], shuffle=True)
         validation = WindowSequence(source, windows[split:], counts[split:])
-        setting = (counts, windows, split, DROPOUT, FRAME_DROPOUT, FEATURE_SPREAD, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE,
-                   WEIGHT_DECAY, SEED, CACHE_FEATURES)  # fmt: skip
-        checkpoint = outputs / f"checkpoint-{fingerprint(seen, *setting)}.weights.h5"
-        history = train(head if CACHE_FEATURES else model, training, validation, checkpoint)
-        phase("train")
+        settings = (SEQUENCE_LENGTH, TRAIN_FRACTION, DROPOUT, FRAME_DROPOUT, LSTM_UNITS, FEATURE_SPREAD, BATCH_SIZE)
+        settings += (EPOCHS, LEARNING_RATE, WEIGHT_DECAY, SEED, CACHE_FEATURES)
+        name = f"checkpoint-{fingerprint(seen, counts, windows, *settings)}"
+        if drop_others(outputs, "checkpoint-*", name):
+            print("The unfinished run here had other constants or labels: training starts afresh.")
+        history = train(trained, training, validation, outputs / f"{name}.weights.h5")
+        phases["train"] = time.perf_counter()
 
-        everything = WindowSequence(source, windows, counts)
-        predicted = (head if CACHE_FEATURES else model).predict(everything, verbose=0)[:, 0]
-        table = pd.DataFrame({"id": labels.index, "split": np.where(np.arange(len(counts)) < split, "train", "validation"),
-                              "true": counts.astype(int), "predicted": predicted})  # fmt: skip
-        held_out = table[table["split"] == "validation"]
+        predicted = trained.predict(WindowSequence(source, windows, counts), verbose=0)[:, 0]
+        table = pd.DataFrame({"id": labels.index, "split": "train", "true": counts.astype(int), "predicted": predicted})
+        table.loc[split:, "split"] = "validation"
+        held_out = table[split:]
         metrics = measure(held_out["true"], held_out["predicted"])
         baseline = measure(held_out["true"], np.full(len(held_out), counts[:split].mean()))
-        phase("evaluate")
-
-        caption = f"ResNet50 weights: {weights}; validation frames {held_out['id'].iloc[0]}-{held_out['id'].iloc[-1]}"
+        caption = f"ResNet50 weights: {weights}; validation frames {labels.index[split]}-{labels.index[-1]}"
         figures = {
-            "loss.png": draw_loss(history, caption),
-            "predictions.png": draw_predictions(held_out, metrics, caption),
-            "timeline.png": draw_timeline(table, caption),
-            "examples.png": draw_examples(held_out, paths, caption),
+            "loss.png": draw_loss(history),
+            "predictions.png": draw_predictions(held_out, metrics),
+            "timeline.png": draw_timeline(table, labels.index[split]),
+            "examples.png": draw_examples(held_out, paths),
         }
+        phases["evaluate"] = time.perf_counter()
+
         report = metrics | {
             "baseline_mae": baseline["mae"],
             "frames": len(labels),
             "train_frames": split,
             "validation_frames": len(labels) - split,
             "weights": weights,
-            "seconds": seconds,
+            "seconds": dict(zip(phases, np.diff([START, *phases.values()]).round(2))),
             "constants": {name: value for name, value in globals().items() if name.isupper() and name not in ("START", "ROOT")},
             "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (keras, np, pd, sklearn)},
         }
-        publish(outputs, {
+        results = {
             "ts_crowdnet.keras": model.save,
             "history.csv": lambda path: history.to_csv(path, index=False),
             "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
-            **{name: lambda path, figure=figure: figure.savefig(path, dpi=150) for name, figure in figures.items()},
             "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
-        })  # fmt: skip
-        checkpoint.unlink(); checkpoint.with_suffix(".csv").unlink()
+        }
+        for name, figure in figures.items():
+            figure.suptitle(caption, fontsize="small")
+            results[name] = functools.partial(figure.savefig, dpi=150)
+        publish(outputs, results)
+        drop_others(outputs, "checkpoint-*", None)
+        drop_others(outputs, "new*", None)
     summarise(metrics, baseline)
     print(f"Results: {outputs}")
-    if plt.get_backend().lower() != "agg":
+    if plt.get_backend().lower() != "agg":  # a screen
         plt.show()
+    plt.close("all")
 
 
 def run_as_script():
@@ -808,7 +839,7 @@ def run_as_script():
     try:
         main()
     except InputError as error:
-        sys.exit(f"Error: {' '.join(str(error).split())}")
+        sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit("\nInterrupted: run the same command again to go on from here.")
     except OSError as error:

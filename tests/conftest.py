@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import zipfile
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"
@@ -38,6 +39,20 @@ def make_video(folder, frames=20, size=(64, 48), seed=0):
         Image.fromarray(picture.astype("uint8")).save(folder / "frames" / "frames" / f"seq_{frame:06d}.jpg", quality=90)
     pd.DataFrame({"id": np.arange(1, frames + 1), "count": counts}).to_csv(folder / "labels.csv", index=False)
     return folder
+
+
+def check_whole(outputs):
+    """Fails if any result in outputs cannot be read to its end; new* is what a killed run was writing."""
+    for path in outputs.glob("[!n]*"):
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
+        elif path.suffix == ".keras":
+            assert zipfile.ZipFile(path).testzip() is None
+        elif path.name in ("predictions.csv", "history.csv"):
+            assert path.read_text().endswith("\n") and len(pd.read_csv(path)) in (20, 10)
 
 
 @pytest.fixture

@@ -1,0 +1,188 @@
+"""Features against the whole model, both ways of training, weights and calibration."""
+
+import keras
+import numpy as np
+import pytest
+
+import tscrowdnet_train as ts
+
+
+@pytest.fixture
+def parts(video, constants):
+    """(frames, windows, counts, backbone, features) of the tiny video, as main() makes them."""
+    labels = ts.read_labels(video / "labels.csv")
+    paths, _ = ts.find_frames(labels.index)
+    frames = ts.Frames(paths, ts.FRAME_SIZE)
+    keras.utils.set_random_seed(0)
+    backbone = ts.build_backbone(ts.load_resnet50()[0], ts.READ_OUT_RANDOM)
+    ts.fit_backbone(backbone, frames[np.arange(8)], random_weights=True)
+    backbone.trainable = False
+    features = ts.extract_features(backbone, frames, video / "features-0.float32")
+    return frames, ts.make_windows(labels.index.to_numpy(), ts.SEQUENCE_LENGTH), labels.to_numpy(), backbone, features
+
+
+def new_head(features, counts):
+    keras.utils.set_random_seed(0)
+    return ts.build_head(features, counts)
+
+
+def test_the_saved_model_predicts_on_frames_what_the_head_predicts_on_features(run, video, parts):
+    _, table = run()
+    model = keras.saving.load_model(video / "outputs" / "ts_crowdnet.keras")
+    assert [type(layer).__name__ for layer in model.layers] == ["InputLayer", "TimeDistributed", "Functional"]
+    assert model.input_shape == (None, 5, 48, 64, 3) and model.input.dtype == "uint8" and model.output_shape == (None, 1)
+    frames, windows, counts, *_ = parts
+    raw = model.predict(ts.WindowSequence(frames, windows, counts), verbose=0)[:, 0]
+    assert np.abs(raw - table["predicted"]).max() < 1e-3
+
+
+def test_training_on_frames_and_on_features_gives_the_same_head(parts, tmp_path, constants):
+    frames, windows, counts, backbone, features = parts
+    constants(LEARNING_RATE=1e-2)
+    weights = []
+    for source in (features, frames):
+        head = new_head(features, counts[:16])
+        start = head.get_weights()
+        model = head if source is features else ts.build_model(backbone, head)
+        training = ts.WindowSequence(source, windows[:16], counts[:16], shuffle=True)
+        validation = ts.WindowSequence(source, windows[16:], counts[16:])
+        ts.train(model, training, validation, tmp_path / f"checkpoint-{len(weights)}.weights.h5")
+        weights.append(head.get_weights())
+    moved = [np.abs(a - b).max() for a, b in zip(start, weights[0])]
+    assert max(moved) > 1e-2, "the head has learned something"
+    for from_features, from_frames in zip(*weights):
+        np.testing.assert_allclose(from_features, from_frames, atol=1e-4)
+
+
+def test_the_head_is_fitted_to_training_frames_only(run, video, monkeypatch):
+    """Other validation frames and counts leave the predictions of training frames as they were."""
+    _, before = run(EPOCHS=3)
+    (video / "labels.csv").write_text(
+        "id,count\n" + "".join(f"{i},{c if i <= 16 else 90 - c}\n" for i, c in zip(before["id"], before["true"]))
+    )
+    for frame in (17, 19):
+        (video / f"frames/frames/seq_{frame:06d}.jpg").write_bytes((video / "frames/frames/seq_000001.jpg").read_bytes())
+    _, after = run(EPOCHS=3)
+    train = before["split"] == "train"
+    assert train.sum() == 16
+    assert (before["predicted"] == after["predicted"])[train].all()
+    assert (before["true"] != after["true"])[~train].all()
+    assert (before["predicted"] != after["predicted"])[~train].any(), "the exchanged frames are seen"
+
+
+def test_counts_are_never_negative(parts):
+    *_, features = parts
+    head = new_head(features, np.zeros(16))
+    assert (head.predict(np.random.default_rng(0).normal(0, 1e3, (50, 5, features.shape[1])), verbose=0) >= 0).all()
+
+
+def test_calibration_gives_random_weights_activations_of_even_size(parts, constants):
+    frames, *_, backbone, _ = parts
+    pixels = keras.applications.resnet50.preprocess_input(frames[np.arange(8)].astype("float32"))
+    resnet = backbone.get_layer("resnet50")
+    normalised = keras.Model(resnet.input, resnet.get_layer("conv2_block1_3_bn").output).predict(pixels, verbose=0)
+    assert abs(normalised.mean()) < 0.1 and 0.7 < normalised.std() < 1.3
+
+
+def test_the_foreground_is_where_people_are(parts, video):
+    """The weight of a position rises where a frame differs from the empty scene, and only there."""
+    frames, *_, backbone, _ = parts
+    empty = np.median(frames[np.arange(8)], axis=0).astype("uint8")
+    person = empty.copy()
+    person[16:32, 48:56] = (255, 0, 0)
+    difference = keras.Model(backbone.input, backbone.get_layer("background").output)
+    distance = np.sqrt(np.square(difference.predict(np.stack([empty, person]), verbose=0)).mean(axis=-1))
+    assert distance[0].max() < 1e-3
+    assert distance[1, 9:15, 25:27].min() > 1 and distance[1, :, :20].max() < 1e-3
+
+
+def test_the_grid_tells_where(parts, constants):
+    """A person on the left changes features of the left columns alone."""
+    frames, *_, backbone, _ = parts
+    constants(FOREGROUND=False)
+    keras.utils.set_random_seed(0)
+    backbone = ts.build_backbone(ts.load_resnet50()[0], {"conv1_relu": (3, 4)})
+    empty = np.zeros((48, 64, 3), "uint8")
+    left = empty.copy()
+    left[10:20, 2:6] = 255
+    change = np.abs(np.diff(backbone.predict(np.stack([empty, left]), verbose=0), axis=0)).reshape(3, 4, 64).sum(axis=2)
+    assert change[:, 0].sum() > 0 and change[:, 2:].max() == 0 and change[2].max() == 0
+
+
+def test_the_published_read_out_is_one_edit_away(parts, constants):
+    constants(FRAME_SIZE=(224, 224), FOREGROUND=False)
+    backbone = ts.build_backbone(ts.load_resnet50()[0], {"conv5_block3_out": (1, 1)})
+    assert backbone.output_shape == (None, 2048)
+
+
+@pytest.fixture(scope="module")
+def weight_file(tmp_path_factory):
+    keras.utils.set_random_seed(7)
+    resnet = keras.applications.ResNet50(include_top=False, weights=None, input_shape=(48, 64, 3))
+    path = tmp_path_factory.mktemp("weights") / "resnet50.weights.h5"
+    resnet.save_weights(path)
+    return path, resnet.get_layer("conv4_block6_3_conv").get_weights()[0]
+
+
+def test_imagenet_weights_are_what_keras_downloads(run, weight_file, monkeypatch, capsys):
+    path, kernel = weight_file
+    asked = []
+
+    def download(name, url, **_):
+        asked.append((name, url))
+        return str(path)
+
+    monkeypatch.setattr("keras.src.applications.resnet.file_utils.get_file", download)
+    small = {"conv1_relu": (3, 4), "conv4_block6_out": (1, 1)}
+    metrics, _ = run(WEIGHTS="imagenet", READ_OUT=small, READ_OUT_RANDOM={"conv1_relu": (1, 1)})
+    assert asked[0][0].startswith("resnet50") and "notop" in asked[0][0]
+    assert metrics["weights"] == "imagenet" and "Warning" not in capsys.readouterr().err
+    resnet, _ = ts.load_resnet50()
+    np.testing.assert_array_equal(resnet.get_layer("conv4_block6_3_conv").get_weights()[0], kernel)
+
+
+def test_weights_from_a_file(run, weight_file):
+    path, _ = weight_file
+    metrics, _ = run(WEIGHTS=str(path), READ_OUT={"conv2_block1_out": (1, 2)})
+    assert metrics["weights"] == str(path)
+
+
+def test_a_weight_file_of_another_network_is_refused(weight_file, constants, tmp_path):
+    keras.applications.MobileNetV2(include_top=False, weights=None, input_shape=(48, 64, 3)).save_weights(tmp_path / "other.weights.h5")
+    (tmp_path / "cut.weights.h5").write_bytes(weight_file[0].read_bytes()[:1_000_000])
+    for name in ("other.weights.h5", "cut.weights.h5"):
+        constants(WEIGHTS=str(tmp_path / name))
+        with pytest.raises(ts.InputError, match=name):
+            ts.load_resnet50()
+
+
+def test_a_failed_download_is_one_warning_and_recorded(run, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise Exception("URL fetch failure on https://example.org: 404")
+
+    monkeypatch.setattr("keras.src.applications.resnet.file_utils.get_file", fail)
+    metrics, table = run(WEIGHTS="imagenet")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert len(warnings) == 1 and "WEIGHTS" in warnings[0] and "notop.h5" in warnings[0]
+    assert metrics["weights"].startswith("random")
+    assert table["predicted"].notna().all()
+    _, unloaded = run(WEIGHTS=None)
+    assert (unloaded["predicted"] == table["predicted"]).all(), "the failed download leaves the same random weights"
+
+
+def test_counting_new_footage_matches_the_predictions(run, video, capsys):
+    _, table = run()
+    counts = ts.count_people(video / "outputs" / "ts_crowdnet.keras", video / "frames" / "frames")
+    assert counts.index[0] == "seq_000001.jpg" and len(counts) == 20
+    assert np.abs(counts.to_numpy() - table["predicted"]).max() < 1e-3
+    some = sorted((video / "frames" / "frames").iterdir())[:3]
+    few = ts.count_people(keras.saving.load_model(video / "outputs" / "ts_crowdnet.keras"), some)
+    np.testing.assert_allclose(few, counts[:3], atol=1e-3)
+
+
+def test_count_mode_writes_a_table_and_a_picture(run, constants, video, capsys):
+    run()
+    constants(COUNT="frames/frames")
+    ts.main()
+    assert (video / "outputs" / "counts.csv").read_text().startswith("frame,count\nseq_000001.jpg,")
+    assert (video / "outputs" / "counts.png").stat().st_size > 1000
