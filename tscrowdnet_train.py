@@ -221,7 +221,9 @@ def read_labels(path):
         header = text.lstrip().partition("\n")[0]
         separator = max(",;\t", key=header.count)
         try:
-            table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, skip_blank_lines=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # rows longer than the header
+                table = pd.read_csv(io.StringIO(text), sep=separator, dtype=str, skip_blank_lines=False, index_col=False)
             table.columns = table.columns.str.strip().str.lower()
             table = table[["id", "count"]].set_axis(["id", "count"], axis=1)  # a column twice is an error
         except Exception as error:  # pandas raises many kinds for what is no CSV
