@@ -79,17 +79,17 @@ SEQUENCE_LENGTH = 5  # frames in a window; 1 to see what the LSTM's memory is wo
 FRAME_SIZE = (480, 640)  # (height, width) fed to ResNet50; (240, 320) is 4 x faster, less accurate
 TRAIN_FRACTION = 0.8  # first part of the video trains, the rest validates; 0.4 for Mall's canonical split
 
-# -- Backbone: frozen ResNet50. As published: FRAME_SIZE = (224, 224), FOREGROUND = False,
-#    READ_OUT = {"conv5_block3_out": (1, 1)} --------------------------------------------------------
+# -- Backbone: frozen ResNet50. As published: FRAME_SIZE = (224, 224), FOREGROUND = False, and
+#    {"conv5_block3_out": (1, 1)} for the read-out ---------------------------------------------------
 WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random, calibrated
-READ_OUT = {"conv1_relu": (6, 8), "conv3_block4_out": (3, 4), "conv4_block6_out": (3, 4)}  # with trained
-# weights: ResNet50 layer: (rows, columns) of the grid it is averaged over; finest layer first
-READ_OUT_RANDOM = {"conv1_relu": (6, 8)}  # with random weights, whose deeper layers add noise and time
+# Layers of ResNet50, finest first, and the grid (rows, columns) that each is averaged over:
+READ_OUT = {"conv1_relu": (6, 8), "conv3_block4_out": (3, 4), "conv4_block6_out": (3, 4)}  # trained weights
+READ_OUT_RANDOM = {"conv1_relu": (6, 8)}  # random weights, whose deeper layers add noise and time
 FOREGROUND = True  # read every layer a second time where the frame differs from the empty scene
 CALIBRATION_FRAMES = 96  # training frames that show the empty scene; more if it is seldom empty
 FRAME_BATCH = 8  # frames the backbone sees at once; less memory with fewer, no faster on a CPU with more
-CACHE_FEATURES = True  # False: every window through TimeDistributed ResNet50 at every epoch, as
-# published; same result, some 200 x slower
+# False: every window through TimeDistributed ResNet50 at every epoch, as published; same result, some 200 x slower
+CACHE_FEATURES = True
 
 # -- Head: each frame's features -> Dense -> an estimate; LSTM over the window's estimates -> Dense ----
 DROPOUT = 0.33  # of features; raise it for little training data, lower it for much
@@ -130,7 +130,7 @@ def check_constants():
         "LABELS FRAMES OUTPUTS": (name_or_path, "a path in quotes"),
         "WEIGHTS": (lambda value: value is None or name_or_path(value), '"imagenet", a path in quotes or None'),
         "COUNT": (lambda value: value is None or name_or_path(value), "a path in quotes or None"),
-        "FRAME_SIZE": (lambda value: len(value) == 2 and min(value) >= 32, "(height, width), 32 pixels or more: ResNet50's least"),
+        "FRAME_SIZE": (lambda value: len(value) == 2 and all(map(whole(32), value)), "(height, width), 32 pixels or more: ResNet50's least"),
         "TRAIN_FRACTION": (lambda value: 0 < value < 1, "a number between 0 and 1, both excluded"),
         "READ_OUT READ_OUT_RANDOM": (grids, "{ResNet50 layer: (rows, columns) of a grid of 1 x 1 or more, ...}"),
         "SEQUENCE_LENGTH FRAME_BATCH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS": (whole(1), "a whole number, 1 or more"),
@@ -367,9 +367,8 @@ class WindowSequence(keras.utils.Sequence):
 
     def on_epoch_end(self, epochs=1):
         self.epoch += epochs
-        self.order = np.arange(len(self.windows))
-        if self.shuffle:
-            np.random.default_rng((SEED, self.epoch)).shuffle(self.order)
+        windows = len(self.windows)
+        self.order = np.random.default_rng((SEED, self.epoch)).permutation(windows) if self.shuffle else np.arange(windows)
 
 
 # == Model =========================================================================================
@@ -426,7 +425,7 @@ def build_backbone(resnet, read_out):
     if FOREGROUND:
         background = layers.Normalization(axis=(1, 2, 3), name="background")
         distance = ops.sqrt(ops.mean(ops.square(background(stages[0])), axis=-1, keepdims=True))
-        foreground = ops.sigmoid(6.0 * (distance - 0.8))  # (h, w, 1): half at 0.8 of the usual distance
+        foreground = ops.sigmoid(6.0 * (distance - 0.8))  # (h, w, 1); 0.8 of the usual distance: by blocked validation
         for stage, grid in list(views):
             stride = round(stages[0].shape[1] / stage.shape[1])
             weight = layers.AveragePooling2D(stride, padding="same")(foreground) if stride > 1 else foreground

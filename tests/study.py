@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import keras
 import numpy as np
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
@@ -75,7 +74,7 @@ def predict_fold(head, features, windows, counts, train, validate, folder):
         scaler = StandardScaler().fit(features[train])
         ridge = Ridge(alpha=0.07 * features.shape[1]).fit(scaler.transform(features[train]), counts[train])
         return ridge.predict(scaler.transform(features[validate]))
-    keras.utils.set_random_seed(ts.SEED)
+    ts.keras.utils.set_random_seed(ts.SEED)
     model = ts.build_head(Rows(features, train), counts[train])
     training = ts.WindowSequence(features, windows[train], counts[train], shuffle=True)
     checkpoint = folder / "checkpoint.weights.h5"
