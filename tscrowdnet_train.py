@@ -796,7 +796,7 @@ def main():
         held_out = table[split:]
         metrics = measure(held_out["true"], held_out["predicted"])
         baseline = measure(held_out["true"], np.full(len(held_out), counts[:split].mean()))
-        caption = f"ResNet50 weights: {weights}; validation frames {labels.index[split]}-{labels.index[-1]}"
+        caption = f"ResNet50 weights: {weights}\nvalidation frames {labels.index[split]}-{labels.index[-1]}"
         figures = {
             "loss.png": draw_loss(history),
             "predictions.png": draw_predictions(held_out, metrics),

@@ -95,6 +95,9 @@ def test_the_foreground_is_where_people_are(parts, video):
     distance = np.sqrt(np.square(difference.predict(np.stack([empty, person]), verbose=0)).mean(axis=-1))
     assert distance[0].max() < 1e-3
     assert distance[1, 9:15, 25:27].min() > 1 and distance[1, :, :20].max() < 1e-3
+    everywhere, _, foreground, _ = np.split(backbone.predict(np.stack([empty, person]), verbose=0), np.cumsum([768, 512, 768]), axis=1)
+    share = (foreground / np.maximum(everywhere, 1e-6)).reshape(2, 3, 4, 64).mean(axis=3)
+    assert share[0].max() < 0.01 and share[1, :, 0].max() < 0.01 and share[1, 1, 3] > 0.2, "and so do the features"
 
 
 def test_the_grid_tells_where(parts, constants):
