@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import platform
+import signal
 import sys
 import time
 import warnings
@@ -837,13 +838,20 @@ def main():
 def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
     warnings.simplefilter("error", Image.DecompressionBombWarning)
+    interrupted = "\nInterrupted: run the same command again to go on from here."
+    asked = []  # a library may turn the exception of Ctrl-C into one of its own
+    signal.signal(signal.SIGINT, lambda *event: (asked.append(event), signal.default_int_handler(*event)))
     try:
         main()
-    except InputError as error:
-        sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nInterrupted: run the same command again to go on from here.")
-    except OSError as error:
+        sys.exit(interrupted)
+    except Exception as error:
+        if asked:
+            sys.exit(interrupted)
+        if isinstance(error, InputError):
+            sys.exit(f"Error: {error}")
+        if not isinstance(error, OSError):
+            raise
         sys.exit(f"Error: {error.filename or at(OUTPUTS)}: {error.strerror or error}; free space or correct the path, then run again")
 
 

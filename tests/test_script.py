@@ -173,13 +173,12 @@ from pathlib import Path
 for name, value in (TINY | {constants!r}).items():
     setattr(ts, name, value)
 ts.ROOT = Path({video!r})
-moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 0, 1
+moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM], 0, 1
 begin = time.monotonic()
 while kills < {kills} or status:
     child = os.fork()  # imports are done: every moment of the child's life is the script's work
     if not child:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             ts.run_as_script()
         except SystemExit as stop:
@@ -192,7 +191,7 @@ while kills < {kills} or status:
         time.sleep(0.01)
         done, status = os.waitpid(child, os.WNOHANG)
     if not done:
-        os.kill(child, signals[kills % 4])
+        os.kill(child, signals[kills % 2])
         _, status = os.waitpid(child, 0)
         kills += 1
     check_whole(ts.at(ts.OUTPUTS))
