@@ -49,7 +49,7 @@ def repeat_video(source, folder, frames):
     for frame, row in zip(range(1, frames + 1), itertools.cycle(labels.itertuples())):
         (folder / "frames" / "frames" / f"seq_{frame:06d}.jpg").symlink_to(source / "frames" / "frames" / f"seq_{row.id:06d}.jpg")
         counts.append(row.count)
-    pd.DataFrame({"id": range(1, frames + 1), "count": [row for row in counts]}).to_csv(folder / "labels.csv", index=False)
+    pd.DataFrame({"id": range(1, frames + 1), "count": counts}).to_csv(folder / "labels.csv", index=False)
     (folder / SCRIPT.name).write_text(re.sub(r"(?m)^WEIGHTS = .*$", "WEIGHTS = None", SCRIPT.read_text()))
     return folder
 
@@ -137,7 +137,8 @@ def main():
             video = repeat_video(source, Path(folder) / f"x{times}", times * options.growth)
             seconds, phases, memory, _ = run_script(video)
             extraction = phases["extract features"]
-            base = extraction if times == 1 else base
+            if times == 1:
+                base = extraction
             disk = next((video / "outputs").glob("features-*")).stat().st_size / 2**20
             print(f"| {times * options.growth} | {extraction:.1f} | {extraction / base:.2f} | {seconds:.1f} | {memory:.0f} | {disk:.0f} |", flush=True)
 

@@ -1,7 +1,6 @@
 """Windows, split, Sequence, label formats and metrics."""
 
 import numpy as np
-import pandas as pd
 import pytest
 import scipy.io
 
