@@ -11,8 +11,9 @@ Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 fra
 Shapes, from frames to counts (T = SEQUENCE_LENGTH, H x W = FRAME_SIZE, F = features per frame):
 
     frames (N, H, W, 3) uint8 --backbone, each frame once--> features (N, F), kept on disk
-    window of row numbers (N, T) --> features of a window (batch, T, F) --head--> counts (batch, 1)
-    saved model: windows (batch, T, H, W, 3) --TimeDistributed(backbone)--> (batch, T, F) --head--> counts
+    features (N, F) --read-out, ridge regression--> one estimate of the count per frame (N, 1)
+    windows of estimates (batch, T, 1) --head: LSTM, dense, trained for EPOCHS--> counts (batch, 1)
+    saved model: windows (batch, T, H, W, 3) --TimeDistributed(backbone, read-out)--> (batch, T, 1) --head--> counts
 
 Change the constants below and run again; an interrupted run goes on where it stopped.
 """
@@ -21,7 +22,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import itertools
 import json
 import os
 import platform
@@ -44,6 +44,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import scipy.io
+import scipy.sparse.linalg
 import scipy.stats
 import seaborn as sns
 import sklearn
@@ -80,29 +81,27 @@ SEQUENCE_LENGTH = 5  # frames in a window; 1 to see what the LSTM's memory is wo
 FRAME_SIZE = (480, 640)  # (height, width) fed to ResNet50; (240, 320) is 4 x faster, less accurate
 TRAIN_FRACTION = 0.8  # first part of the video trains, the rest validates; 0.4 for Mall's canonical split
 
-# -- Backbone: frozen ResNet50. As published: FRAME_SIZE = (224, 224), FOREGROUND = False, and
+# -- Backbone: frozen ResNet50. As published: FRAME_SIZE = (224, 224), FOREGROUND = None, and
 #    {"conv5_block3_out": (1, 1)} for the read-out ---------------------------------------------------
 WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random, calibrated
 # Layers of ResNet50, finest first, and the grid (rows, columns) that each is averaged over:
 READ_OUT = {"conv1_relu": (6, 8), "conv3_block4_out": (3, 4), "conv4_block6_out": (3, 4)}  # trained weights
 READ_OUT_RANDOM = {"conv1_relu": (6, 8)}  # random weights, whose deeper layers add noise and time
-FOREGROUND = True  # read every layer a second time where the frame differs from the empty scene
+FOREGROUND = (12, 16)  # grid for where a frame differs from the empty scene; None: no use of the empty scene
 CALIBRATION_FRAMES = 96  # training frames that show the empty scene; more if it is seldom empty
 FRAME_BATCH = 8  # frames the backbone sees at once; less memory with fewer, no faster on a CPU with more
 # False: every window through TimeDistributed ResNet50 at every epoch, as published; same result, some 200 x slower
 CACHE_FEATURES = True
 
-# -- Head: each frame's features -> Dense -> an estimate; LSTM over the window's estimates -> Dense ----
-DROPOUT = 0.33  # of features; raise it for little training data, lower it for much
-FRAME_DROPOUT = 0.1  # more where neighbouring frames show the same people: the LSTM trusts them more
-LSTM_UNITS = 16  # more where neighbouring frames tell much of each other, as in video at 25 frames/s
-FEATURE_SPREAD = 10.0  # features are scaled to a deviation of 1 / this; higher: slower, steadier learning
+# -- Read-out and head: features -> an estimate for each frame -> LSTM over the window -> count ----------
+PENALTIES = (3e-5, 1e-4, 3e-4, 1e-3, 1e-2)  # of ridge regression; blocked cross-validation in the training frames picks one
+ESTIMATE_NOISE = 0.1  # in deviations of the count; more where neighbouring frames show the same people: the LSTM trusts them more
+LSTM_UNITS = 16  # more for longer windows, or where neighbouring frames tell much of each other
 
 # -- Training -------------------------------------------------------------------------------------
-BATCH_SIZE = 16  # windows in a training step
+BATCH_SIZE = 64  # windows in a training step; some 4 with CACHE_FEATURES = False, which holds 5 frames for each
 EPOCHS = 50  # passes over the training windows; fewer for a quick look
-WEIGHT_DECAY = 0.0  # pulls weights to 0 on top of what DROPOUT does
-LEARNING_RATE = 1e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss jumps
+LEARNING_RATE = 5e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss jumps
 SEED = 0  # another seed, another model: publish mean and deviation over several
 
 # -- Evaluation and use ----------------------------------------------------------------------------
@@ -133,16 +132,17 @@ def check_constants():
         "COUNT": (lambda value: value is None or name_or_path(value), "a path in quotes or None"),
         "FRAME_SIZE": (lambda value: len(value) == 2 and all(map(whole(32), value)), "(height, width), 32 pixels or more: ResNet50's least"),
         "TRAIN_FRACTION": (lambda value: 0 < value < 1, "a number between 0 and 1, both excluded"),
+        "FOREGROUND": (lambda value: value is None or grids({"": value}), "(rows, columns) of a grid of 1 x 1 or more, or None"),
         "READ_OUT READ_OUT_RANDOM": (grids, "{ResNet50 layer: (rows, columns) of a grid of 1 x 1 or more, ...}"),
         "SEQUENCE_LENGTH FRAME_BATCH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS": (whole(1), "a whole number, 1 or more"),
-        "DROPOUT FRAME_DROPOUT": (lambda value: 0 <= value < 1, "a number from 0 to below 1"),
-        "FEATURE_SPREAD LEARNING_RATE": (lambda value: value > 0, "a number above 0"),
-        "WEIGHT_DECAY TOLERANCE": (lambda value: value >= 0, "a number, 0 or more"),
+        "PENALTIES": (lambda value: min(value) > 0, "a list of numbers above 0"),
+        "LEARNING_RATE": (lambda value: value > 0, "a number above 0"),
+        "ESTIMATE_NOISE TOLERANCE": (lambda value: value >= 0, "a number, 0 or more"),
         "SEED": (whole(0), "a whole number, 0 or more"),
     }
     for names, (fine, remedy) in in_range.items():
         for name in names.split():
-            with contextlib.suppress(TypeError, AttributeError):  # what fine() meets in a value of another kind
+            with contextlib.suppress(TypeError, AttributeError, ValueError):  # what fine() meets in a value of another kind
                 if fine(globals()[name]):
                     continue
             raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
@@ -189,11 +189,6 @@ def fingerprint(*things):
     for thing in things:
         digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else repr(thing).encode())
     return digest.hexdigest()
-
-
-def progress_interval():
-    """Seconds between updates of a progress bar: rarer in a log, where each is a line."""
-    return 0.1 if sys.stdout.isatty() else 20
 
 
 # == Data ==========================================================================================
@@ -415,28 +410,27 @@ def build_backbone(resnet, read_out):
 
     Each layer of read_out is averaged over its grid, so that features tell where people are, which
     perspective needs. With FOREGROUND it is averaged again with every position weighted by how far
-    the finest layer is from its value in the empty scene, so that people are told from furniture.
+    the finest layer is from its value in the empty scene, so that people are told from furniture;
+    that weight, averaged over a grid of its own, is the last view: the share of each cell that is covered.
     """
     maps = keras.Model(resnet.input, [resnet.get_layer(name).output for name in read_out], name="resnet50")
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    image = keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32"))
-    stages = maps(image)
-    stages = list(stages) if isinstance(stages, (list, tuple)) else [stages]
+    stages = maps(keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32")))
+    stages = list(stages) if isinstance(stages, (list, tuple)) else [stages]  # each (h, w, C)
     views = list(zip(stages, read_out.values()))
     if FOREGROUND:
         background = layers.Normalization(axis=(1, 2, 3), name="background")
         distance = ops.sqrt(ops.mean(ops.square(background(stages[0])), axis=-1, keepdims=True))
         foreground = ops.sigmoid(6.0 * (distance - 0.8))  # (h, w, 1); 0.8 of the usual distance: by blocked validation
         for stage, grid in list(views):
-            stride = round(stages[0].shape[1] / stage.shape[1])
-            weight = layers.AveragePooling2D(stride, padding="same")(foreground) if stride > 1 else foreground
-            views.append((stage * weight, grid))
+            coarser = layers.AveragePooling2D(round(stages[0].shape[1] / stage.shape[1]), padding="same")
+            views.append((stage * coarser(foreground), grid))
+        views.append((foreground, FOREGROUND))
     pooled = []
     for view, grid in views:
         cell = [-(-side // cells) for side, cells in zip(view.shape[1:3], grid)]
         pooled.append(layers.Flatten()(layers.AveragePooling2D(cell, padding="same")(view)))
-    features = layers.Concatenate()(pooled) if len(pooled) > 1 else pooled[0]
-    return keras.Model(frame, features, name="backbone")
+    return keras.Model(frame, layers.Concatenate(name="features")(pooled), name="backbone")
 
 
 def fit_backbone(backbone, frames, random_weights):
@@ -445,9 +439,10 @@ def fit_backbone(backbone, frames, random_weights):
     Random weights need the BatchNorm statistics of real activations, or deep layers carry no signal.
     """
     batches = np.array_split(frames, -(-len(frames) // 4))
+    some = batches[:: -(-len(batches) // 4)]  # 16 frames tell what is usual
     if random_weights:
         resnet = backbone.get_layer("resnet50")
-        for done, batch in enumerate(batches[:: -(-len(batches) // 4)]):  # some 16 frames are enough
+        for done, batch in enumerate(some):
             for layer in resnet.layers:
                 if isinstance(layer, layers.BatchNormalization):
                     layer.momentum = done / (done + 1)  # the plain mean over the batches
@@ -457,7 +452,7 @@ def fit_backbone(backbone, frames, random_weights):
         finest = keras.Model(backbone.input, background.input)
         maps = lambda batch: ops.convert_to_numpy(finest(batch, training=False))  # noqa: E731
         empty = maps(np.median(frames, axis=0)[None].astype("uint8"))[0]  # (h, w, C)
-        square = [np.square(maps(batch) - empty).mean(axis=(0, 1, 2)) for batch in batches]
+        square = [np.square(maps(batch) - empty).mean(axis=(0, 1, 2)) for batch in some]
         usual = np.sqrt(np.mean(square, axis=0))  # (C,): channels weigh alike in the distance
         set_statistics(background, empty, np.broadcast_to(np.maximum(usual, usual.mean() / 10), empty.shape))
 
@@ -479,68 +474,121 @@ def prepare_backbone(frames, split):
     return backbone, weights
 
 
-def build_head(features, counts):
-    """Head: a window of features (T, F) -> the count of its last frame (1,), in people, never negative.
+def ridge(features, counts, rows, scale, penalty):
+    """Ridge regression of counts (M,) on features (M, F) / scale, using the rows that are 1.
 
-    features: standardised by these rows of training frames (M, F), read in pieces.
-    counts: (M,) counts whose mean and deviation scale the output.
+    Returns weights (F,) and intercept for the features as they are. lsmr (Fong & Saunders, SIAM J. Sci.
+    Comput. 2011) only asks for products with the features: they stay on the disk, however many.
     """
-    scaler = StandardScaler()
-    for start in range(0, len(counts), 256):
-        scaler.partial_fit(features[start : min(start + 256, len(counts))])
-    window = keras.Input((SEQUENCE_LENGTH, features.shape[1]), name="features")
-    scaling = layers.Normalization(name="feature_scaling")
-    x = scaling(window)
-    set_statistics(scaling, scaler.mean_[None], FEATURE_SPREAD * scaler.scale_[None])  # alike for all T frames
-    # One mask for all frames of a window (Gal & Ghahramani, "A theoretically grounded application of
-    # dropout in recurrent neural networks", NIPS 2016): on a linear layer this is ridge regression.
-    x = layers.Dropout(DROPOUT, noise_shape=(None, 1, features.shape[1]))(x)
-    x = layers.Dropout(FRAME_DROPOUT)(x)  # another for each frame: estimates disagree, the LSTM learns to weigh them
-    estimates = layers.Dense(1, kernel_initializer="zeros", name="frame_estimates")(x)  # (T, 1)
-    memory = layers.LSTM(LSTM_UNITS, name="lstm")(estimates)  # (LSTM_UNITS,)
+    rows, scale, n = rows.astype("float32"), scale.astype("float32"), rows.sum()
+    mean = rows @ features / n
+
+    def forward(weights):
+        weights = weights.ravel().astype("float32") / scale
+        return rows * (features @ weights - mean @ weights)
+
+    def backward(errors):
+        errors = rows * errors.ravel().astype("float32")
+        return (errors @ features - errors.sum() * mean) / scale
+
+    operator = scipy.sparse.linalg.LinearOperator(features.shape, forward, backward, dtype="float64")
+    level = rows @ counts / n
+    weights = scipy.sparse.linalg.lsmr(operator, rows * (counts - level), np.sqrt(penalty * n), 1e-6, 1e-6)[0] / scale
+    return weights.astype("float32"), level - mean @ weights
+
+
+def build_readout(features, counts, views):
+    """Read-out: features (F,) -> an estimate of the count (1,), in deviations from the mean training count.
+
+    Ridge regression on the features (M, F) and counts (M,) of the training frames, with the penalty that does
+    best on blocks of them left out: neighbours of a frame show the same people, so single frames would not
+    tell. views: how many features each view of the backbone has; all views weigh alike, few features or many.
+    """
+    scaler, n = StandardScaler(), len(counts)
+    for start in range(0, n, 256):
+        scaler.partial_fit(features[start : start + 256])
+    scale = scaler.scale_ * np.sqrt(np.repeat(views, views) * len(views))
+    target = (counts - counts.mean()) / max(counts.std(), 1.0)
+    blocks = np.arange(n) // max(min(40, n // 5), 1)
+    folds = np.arange(n)[:, None] == np.arange(0)  # (M, folds): which frames are left out
+    if blocks[-1] > 0:
+        folds = blocks[:, None] % 5 == np.unique(blocks % 5)
+
+    def error(penalty):
+        fits = [ridge(features, target, ~left_out, scale, penalty) for left_out in folds.T]
+        return sum(np.square(features @ weights + level - target)[left_out].sum() for left_out, (weights, level) in zip(folds.T, fits))
+
+    weights, level = ridge(features, target, np.ones(n), scale, min(PENALTIES, key=error))
+    frame = keras.Input((features.shape[1],), name="features")
+    scaling, dense = layers.Normalization(name="feature_scaling"), layers.Dense(1, name="estimate")
+    readout = keras.Model(frame, dense(scaling(frame)), name="read_out")
+    set_statistics(scaling, scaler.mean_, scale)
+    dense.set_weights([(weights * scale)[:, None], np.array([level + scaler.mean_ @ weights])])
+    return readout
+
+
+def build_head(counts):
+    """Head: a window of estimates (T, 1) -> the count of its last frame (1,), in people, never negative.
+
+    The LSTM corrects the last frame's estimate by what those before it say. Estimates of training frames are
+    closer to the truth than those of new frames will be; noise keeps it from taking them at their word.
+    counts: (M,) of the training frames, whose mean and deviation scale the output.
+    """
+    estimates = keras.Input((SEQUENCE_LENGTH, 1), name="estimates")
+    x = layers.GaussianNoise(ESTIMATE_NOISE)(estimates)
+    memory = layers.LSTM(LSTM_UNITS, unroll=True, name="lstm")(x)  # (LSTM_UNITS,)
     correction = layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="dense")(memory)
-    x = layers.Add()([estimates[:, -1], correction])
+    x = layers.Add()([x[:, -1], correction])
     x = layers.Rescaling(max(float(counts.std()), 1.0), float(counts.mean()), name="target_scaling")(x)
-    return keras.Model(window, layers.Activation("softplus", name="count")(x), name="head")
+    return keras.Model(estimates, layers.ReLU(name="count")(x), name="head")
 
 
-def build_model(backbone, head):
+def build_model(backbone, readout, head):
     """The whole network: windows of frames (T, H, W, 3) uint8 -> counts (1,)."""
+    per_frame = keras.Model(backbone.input, readout(backbone.output), name="resnet50_read_out")
+    per_frame.trainable = False
     windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="frames")
-    features = layers.TimeDistributed(backbone, name="time_distributed_resnet50")(windows)
-    return keras.Model(windows, head(features), name="ts_crowdnet")
+    estimates = layers.TimeDistributed(per_frame, name="time_distributed_resnet50")(windows)
+    return keras.Model(windows, head(estimates), name="ts_crowdnet")
 
 
 # == Training ======================================================================================
 
 
-def predict_batch(model, batch):
-    """Output for up to FRAME_BATCH inputs, filled up by repetition: one shape, so one traced graph."""
-    full = np.resize(batch, (FRAME_BATCH, *batch.shape[1:]))
-    return ops.convert_to_numpy(model.predict_on_batch(full))[: len(batch)]
+def predict_each(model, source, first=0):
+    """Yields the model's outputs for the rows of source from first on, FRAME_BATCH rows at a time.
+
+    The next rows are decoded meanwhile. The last batch is filled up by repetition: one shape, one traced graph.
+    """
+    progress = keras.utils.Progbar(len(source), unit_name="frame", interval=0.1 if sys.stdout.isatty() else 20)
+    with ThreadPoolExecutor(1) as decoder:
+        starts = range(first, len(source), FRAME_BATCH)
+        coming = [decoder.submit(source.__getitem__, slice(start, start + FRAME_BATCH)) for start in starts[:1]]
+        for start in starts:
+            batch = coming.pop().result()
+            after = start + FRAME_BATCH
+            if after < len(source):
+                coming.append(decoder.submit(source.__getitem__, slice(after, after + FRAME_BATCH)))
+            full = np.resize(batch, (FRAME_BATCH, *batch.shape[1:]))
+            yield ops.convert_to_numpy(model.predict_on_batch(full))[: len(batch)]
+            progress.update(start + len(batch))
 
 
 def extract_features(backbone, frames, path):
     """Runs each frame through the backbone once: memory-mapped features (N, F) float32.
 
     They are appended to path + ".part", renamed when complete, so that an interrupted extraction
-    goes on with the batch it was at. Decoding runs one batch ahead, beside the backbone.
+    goes on with the batch it was at.
     """
-    width, batch = backbone.output_shape[-1], FRAME_BATCH
+    width = backbone.output_shape[-1]
     if not path.exists():
         part = path.with_suffix(".part")
-        slices = [slice(start, start + batch) for start in range(0, len(frames), batch)]
-        with part.open("ab") as file, ThreadPoolExecutor(1) as decoder:
-            done = file.tell() // (batch * width * 4)
-            file.truncate(done * batch * width * 4)
-            progress = keras.utils.Progbar(len(frames), unit_name="frame", interval=progress_interval())
-            print(f"Extracting {width} features from each of {len(frames)} frames" + f", from frame {done * batch}" * (done > 0))
-            coming = decoder.submit(frames.__getitem__, slices[done]) if done < len(slices) else None
-            for here, after in itertools.zip_longest(slices[done:], slices[done + 1 :]):
-                pixels = coming.result()
-                coming = after and decoder.submit(frames.__getitem__, after)
-                file.write(predict_batch(backbone, pixels).tobytes())
-                progress.update(min(here.stop, len(frames)))
+        with part.open("ab") as file:
+            done = file.tell() // (FRAME_BATCH * width * 4) * FRAME_BATCH  # whole batches
+            file.truncate(done * width * 4)
+            print(f"Extracting {width} features from each of {len(frames)} frames" + f", from frame {done}" * (done > 0))
+            for features in predict_each(backbone, frames, done):
+                file.write(features.tobytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -550,7 +598,7 @@ def extract_features(backbone, frames, path):
 class Checkpoint(keras.callbacks.Callback):
     """Keeps weights, optimizer and schedule of the last finished epoch, in one file that is always whole.
 
-    Dropout is reseeded at each epoch: Keras does not save its state, and a resumed run must draw the same.
+    Noise is reseeded at each epoch: Keras does not save its state, and a resumed run must draw the same.
     """
 
     def __init__(self, path):
@@ -563,9 +611,7 @@ class Checkpoint(keras.callbacks.Callback):
             state.assign([SEED % 2**32, (epoch * len(states) + number) * 2**16])
 
     def on_epoch_end(self, epoch, logs=None):
-        new = self.path.with_name("new.weights.h5")
-        self.model.save_weights(new)
-        os.replace(new, self.path)
+        publish(self.path.parent, {self.path.name: self.model.save_weights})
 
 
 def train(model, training, validation, path):
@@ -574,7 +620,7 @@ def train(model, training, validation, path):
     Validation frames are watched, never used: no early stopping, no best epoch, a fixed schedule.
     """
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=WEIGHT_DECAY)
+    optimizer = keras.optimizers.Adam(schedule)
     model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=False)  # XLA: 10 x slower on a CPU
     optimizer.build(model.trainable_variables)
     log = path.with_suffix(".csv")
@@ -701,7 +747,7 @@ def count_people(model, frames):
             model = keras.saving.load_model(model, compile=False)
         except Exception as error:  # zipfile, h5py and Keras raise many kinds
             raise InputError(f"{model}: no model written by this script ({error}); train one first") from None
-    backbone, head = model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
+    per_frame, head = model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
     length, height, width = model.input_shape[1:4]
     if isinstance(frames, (str, Path)):
         suffixes = set(Image.registered_extensions())
@@ -709,16 +755,13 @@ def count_people(model, frames):
     paths = np.array([Path(path) for path in frames])
     if not len(paths):
         raise InputError("no images to count")
-    source, counts, recent = Frames(paths, (height, width)), [], None
-    progress = keras.utils.Progbar(len(paths), unit_name="frame", interval=progress_interval())
-    for start in range(0, len(paths), FRAME_BATCH):
-        new = predict_batch(backbone, source[start : start + FRAME_BATCH])  # (b, F)
+    counts, recent = [], None
+    for new in predict_each(per_frame, Frames(paths, (height, width))):  # (b, 1)
         recent = np.repeat(new[:1], length - 1, axis=0) if recent is None else recent
-        known = np.concatenate([recent, new])  # (length - 1 + b, F)
-        windows = known[np.arange(len(new))[:, None] + np.arange(length)]  # (b, length, F)
-        counts.append(predict_batch(head, windows)[:, 0])
+        known = np.concatenate([recent, new])  # (length - 1 + b, 1)
+        windows = known[np.arange(len(new))[:, None] + np.arange(length)]  # (b, length, 1)
+        counts.append(ops.convert_to_numpy(head(windows))[:, 0])
         recent = known[len(new) :]
-        progress.update(start + len(new))
     return pd.Series(np.concatenate(counts), pd.Index([path.name for path in paths], name="frame"), name="count")
 
 
@@ -777,15 +820,19 @@ def main():
         features = extract_features(backbone, frames, cache)  # (N, F)
         phases["extract features"] = time.perf_counter()
 
+        views = [view.shape[-1] for view in backbone.get_layer("features").input]
+        readout = build_readout(features[:split], counts[:split], views)
         keras.utils.set_random_seed(SEED)
-        head = build_head(features, counts[:split])
-        model = build_model(backbone, head)
-        source, trained = (features, head) if CACHE_FEATURES else (frames, model)
+        head = build_head(counts[:split])
+        model = build_model(backbone, readout, head)
+        estimates = np.concatenate([ops.convert_to_numpy(readout(features[start : start + 256])) for start in range(0, len(frames), 256)])  # (N, 1)
+        source, trained = (estimates, head) if CACHE_FEATURES else (frames, model)
+        phases["fit read-out"] = time.perf_counter()
+
         training = WindowSequence(source, windows[:split], counts[:split], shuffle=True)
         validation = WindowSequence(source, windows[split:], counts[split:])
-        settings = (SEQUENCE_LENGTH, TRAIN_FRACTION, DROPOUT, FRAME_DROPOUT, LSTM_UNITS, FEATURE_SPREAD, BATCH_SIZE)
-        settings += (EPOCHS, LEARNING_RATE, WEIGHT_DECAY, SEED, CACHE_FEATURES)
-        name = f"checkpoint-{fingerprint(seen, counts, windows, *settings)}"
+        settings = (ESTIMATE_NOISE, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, CACHE_FEATURES)
+        name = f"checkpoint-{fingerprint(seen, counts, estimates, windows, split, *settings)}"
         if drop_others(outputs, "checkpoint-*", name):
             print("The unfinished run here had other constants or labels: training starts afresh.")
         history = train(trained, training, validation, outputs / f"{name}.weights.h5")

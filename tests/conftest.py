@@ -20,6 +20,7 @@ TINY = {
     "FRAME_SIZE": (48, 64),
     "WEIGHTS": None,
     "READ_OUT_RANDOM": {"conv1_relu": (3, 4), "conv2_block1_out": (1, 2)},
+    "FOREGROUND": (6, 8),
     "CALIBRATION_FRAMES": 4,
     "EPOCHS": 2,
     "BATCH_SIZE": 4,

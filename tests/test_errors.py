@@ -123,8 +123,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     for name, value in [
         ("TRAIN_FRACTION", 0), ("TRAIN_FRACTION", 1), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5),
         ("EPOCHS", -1), ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)),
-        ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan")), ("DROPOUT", 1.0), ("SEED", -1), ("SEED", 1.5), ("TOLERANCE", -0.1),
-        ("LSTM_UNITS", 0), ("CALIBRATION_FRAMES", 0), ("WEIGHT_DECAY", -1), ("LABELS", 3), ("WEIGHTS", 3), ("READ_OUT", {}),
+        ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan")), ("ESTIMATE_NOISE", -1), ("SEED", -1), ("SEED", 1.5), ("TOLERANCE", -0.1),
+        ("LSTM_UNITS", 0), ("CALIBRATION_FRAMES", 0), ("PENALTIES", (1e-3, 0)), ("PENALTIES", ()), ("FOREGROUND", (0, 4)), ("FOREGROUND", True), ("LABELS", 3), ("WEIGHTS", 3), ("READ_OUT", {}),
     ]  # fmt: skip
 }
 

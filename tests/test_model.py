@@ -5,6 +5,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from sklearn.linear_model import Ridge
+
 import tscrowdnet_train as ts
 
 
@@ -22,9 +24,13 @@ def parts(video, constants):
     return frames, ts.make_windows(labels.index.to_numpy(), ts.SEQUENCE_LENGTH), labels.to_numpy(), backbone, features
 
 
-def new_head(features, counts):
+def new_head(counts):
     keras.utils.set_random_seed(0)
-    return ts.build_head(features, counts)
+    return ts.build_head(counts)
+
+
+def views(backbone):
+    return [view.shape[-1] for view in backbone.get_layer("features").input]
 
 
 def test_the_saved_model_predicts_on_frames_what_the_head_predicts_on_features(run, video, parts):
@@ -37,22 +43,58 @@ def test_the_saved_model_predicts_on_frames_what_the_head_predicts_on_features(r
     assert np.abs(raw - table["predicted"]).max() < 1e-3
 
 
-def test_training_on_frames_and_on_features_gives_the_same_head(parts, tmp_path, constants):
+def test_training_on_frames_and_on_estimates_gives_the_same_head(parts, tmp_path, constants):
     frames, windows, counts, backbone, features = parts
     constants(LEARNING_RATE=1e-2)
+    readout = ts.build_readout(features[:16], counts[:16], views(backbone))
+    estimates = readout.predict(features, verbose=0)
     weights = []
-    for source in (features, frames):
-        head = new_head(features, counts[:16])
+    for source in (estimates, frames):
+        head = new_head(counts[:16])
         start = head.get_weights()
-        model = head if source is features else ts.build_model(backbone, head)
+        model = head if source is estimates else ts.build_model(backbone, readout, head)
         training = ts.WindowSequence(source, windows[:16], counts[:16], shuffle=True)
         validation = ts.WindowSequence(source, windows[16:], counts[16:])
         ts.train(model, training, validation, tmp_path / f"checkpoint-{len(weights)}.weights.h5")
         weights.append(head.get_weights())
     moved = [np.abs(a - b).max() for a, b in zip(start, weights[0])]
     assert max(moved) > 1e-2, "the head has learned something"
-    for from_features, from_frames in zip(*weights):
-        np.testing.assert_allclose(from_features, from_frames, atol=1e-4)
+    for from_estimates, from_frames in zip(*weights):
+        np.testing.assert_allclose(from_estimates, from_frames, atol=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(60, 15), (60, 400)])
+def test_ridge_is_ridge_regression(rows, width):
+    """The same predictions as scikit-learn's exact solution, for few features and for many, on some of the rows."""
+    rng = np.random.default_rng(0)
+    features = rng.normal(5, 2, (rows, width)).astype("float32")
+    counts, chosen, scale = features[:, 0] * 2 + rng.normal(0, 1, rows), rng.random(rows) < 0.7, rng.uniform(1, 3, width)
+    weights, level = ts.ridge(features, counts, chosen, scale, penalty=0.1)
+    exact = Ridge(alpha=0.1 * chosen.sum()).fit(features[chosen] / scale, counts[chosen])
+    np.testing.assert_allclose(features @ weights + level, exact.predict(features / scale), atol=1e-3)
+
+
+def test_the_penalty_is_the_one_that_does_best_on_blocks_left_out(parts, monkeypatch):
+    """Features of pure noise are worth nothing: the highest penalty; counts written in the features: a low one."""
+    rng = np.random.default_rng(0)
+    counts = rng.integers(10, 50, 100).astype(float)
+    noise = rng.normal(0, 1, (100, 300)).astype("float32")
+    chosen, ridge = [], ts.ridge
+    monkeypatch.setattr(ts, "ridge", lambda *arguments: chosen.append(arguments[-1]) or ridge(*arguments))
+    ts.build_readout(noise, counts, [300])
+    assert chosen[-1] == max(ts.PENALTIES)
+    ts.build_readout(np.column_stack([counts, noise[:, :3]]).astype("float32"), counts, [4])
+    assert chosen[-1] == min(ts.PENALTIES)
+
+
+def test_every_view_weighs_alike(parts):
+    """A view's features have the same total variance after scaling, however many they are."""
+    rng = np.random.default_rng(0)
+    features = (rng.normal(0, 1, (50, 40)) * rng.uniform(0.1, 10, 40)).astype("float32")
+    readout = ts.build_readout(features, rng.integers(0, 9, 50).astype(float), [36, 4])
+    scaled = readout.get_layer("feature_scaling")(features)
+    variance = np.var(np.asarray(scaled), axis=0)
+    assert variance[:36].sum() == pytest.approx(0.5, rel=1e-3) and variance[36:].sum() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_the_head_is_fitted_to_training_frames_only(run, video, monkeypatch):
@@ -72,9 +114,8 @@ def test_the_head_is_fitted_to_training_frames_only(run, video, monkeypatch):
 
 
 def test_counts_are_never_negative(parts):
-    *_, features = parts
-    head = new_head(features, np.zeros(16))
-    assert (head.predict(np.random.default_rng(0).normal(0, 1e3, (50, 5, features.shape[1])), verbose=0) >= 0).all()
+    head = new_head(np.zeros(16))
+    assert (head.predict(np.random.default_rng(0).normal(0, 1e3, (50, 5, 1)), verbose=0) >= 0).all()
 
 
 def test_calibration_gives_random_weights_activations_of_even_size(parts, constants):
@@ -95,15 +136,17 @@ def test_the_foreground_is_where_people_are(parts, video):
     distance = np.sqrt(np.square(difference.predict(np.stack([empty, person]), verbose=0)).mean(axis=-1))
     assert distance[0].max() < 1e-3
     assert distance[1, 9:15, 25:27].min() > 1 and distance[1, :, :20].max() < 1e-3
-    everywhere, _, foreground, _ = np.split(backbone.predict(np.stack([empty, person]), verbose=0), np.cumsum([768, 512, 768]), axis=1)
+    everywhere, _, foreground, _, covered = np.split(backbone.predict(np.stack([empty, person]), verbose=0), np.cumsum([768, 512, 768, 512]), axis=1)
     share = (foreground / np.maximum(everywhere, 1e-6)).reshape(2, 3, 4, 64).mean(axis=3)
     assert share[0].max() < 0.01 and share[1, :, 0].max() < 0.01 and share[1, 1, 3] > 0.2, "and so do the features"
+    covered = covered.reshape(2, 6, 8)
+    assert covered[0].max() < 0.01 and covered[1, 2:4, 6].min() > 0.5 and covered[1, :, :5].max() < 0.01
 
 
 def test_the_grid_tells_where(parts, constants):
     """A person on the left changes features of the left columns alone."""
     frames, *_, backbone, _ = parts
-    constants(FOREGROUND=False)
+    constants(FOREGROUND=None)
     keras.utils.set_random_seed(0)
     backbone = ts.build_backbone(ts.load_resnet50()[0], {"conv1_relu": (3, 4)})
     empty = np.zeros((48, 64, 3), "uint8")
@@ -114,7 +157,7 @@ def test_the_grid_tells_where(parts, constants):
 
 
 def test_the_published_read_out_is_one_edit_away(parts, constants):
-    constants(FRAME_SIZE=(224, 224), FOREGROUND=False)
+    constants(FRAME_SIZE=(224, 224), FOREGROUND=None)
     backbone = ts.build_backbone(ts.load_resnet50()[0], {"conv5_block3_out": (1, 1)})
     assert backbone.output_shape == (None, 2048)
 

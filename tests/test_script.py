@@ -81,7 +81,7 @@ def test_a_user_runs_the_script(video, tmp_path_factory):
             with Image.open(outputs / name) as image:
                 assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
     features = next(outputs.glob("features-*"))
-    assert features.stat().st_size == 20 * 2 * (12 * 64 + 2 * 256) * 4
+    assert features.stat().st_size == 20 * (2 * (12 * 64 + 2 * 256) + 6 * 8) * 4
 
 
 def test_one_line_and_exit_status_1(video):
@@ -131,9 +131,9 @@ def test_features_are_reused_only_where_nothing_changed(run, constants, video, m
     assert features() == first and (again["predicted"] == table["predicted"]).all()
     assert extract(LSTM_UNITS=3, EPOCHS=1) == first, "the head's constants leave the features as they are"
     names = [set(first)]
-    for change in ({"FRAME_SIZE": (50, 64)}, {"SEED": 5}, {"FOREGROUND": False}, {"READ_OUT_RANDOM": {"conv1_relu": (1, 1)}}):
+    for change in ({"FRAME_SIZE": (50, 64)}, {"SEED": 5}, {"FOREGROUND": None}, {"READ_OUT_RANDOM": {"conv1_relu": (1, 1)}}):
         names.append(set(extract(**change)))
-    constants(FRAME_SIZE=TINY["FRAME_SIZE"], SEED=0, FOREGROUND=True)
+    constants(FRAME_SIZE=TINY["FRAME_SIZE"], SEED=0, FOREGROUND=TINY["FOREGROUND"])
     picture = video / "frames" / "frames" / "seq_000018.jpg"
     shutil.copy(video / "frames" / "frames" / "seq_000002.jpg", picture)
     names.append(set(extract()))
