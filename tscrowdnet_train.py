@@ -347,10 +347,10 @@ class WindowSequence(keras.utils.Sequence):
     shuffle: draws a new order for each epoch, the same for the same SEED and epoch.
     """
 
-    def __init__(self, source, windows, counts, shuffle=False, epoch=0):
+    def __init__(self, source, windows, counts, shuffle=False):
         super().__init__()
         self.source, self.windows, self.counts = source, windows, counts
-        self.shuffle, self.epoch = shuffle, epoch
+        self.shuffle, self.epoch = shuffle, 0
         self.on_epoch_end(epochs=0)
 
     def __len__(self):
@@ -621,7 +621,8 @@ def train(model, training, validation, path):
     """
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
     optimizer = keras.optimizers.Adam(schedule)
-    model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=False)  # XLA: 10 x slower on a CPU
+    compiled = "auto" if keras.backend.backend() == "jax" else False  # TensorFlow's XLA: 10 x slower on a CPU
+    model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=compiled)
     optimizer.build(model.trainable_variables)
     log = path.with_suffix(".csv")
     done = 0
@@ -734,6 +735,49 @@ def draw_examples(table, paths):
     return figure
 
 
+def save_results(outputs, model, history, table, paths, weights, phases):
+    """Metrics of the validation frames, the figures, the model: all files at once, then the summary.
+
+    table: a row for each frame, in order, with columns id, split, true and predicted.
+    weights: what ResNet50's weights are. phases: {phase: when it ended}, from time.perf_counter.
+    """
+    trained_on, held_out = table[table["split"] == "train"], table[table["split"] == "validation"]
+    metrics = measure(held_out["true"], held_out["predicted"])
+    baseline = measure(held_out["true"], np.full(len(held_out), trained_on["true"].mean()))
+    sns.set_theme(context="paper", style="ticks")
+    figures = {
+        "loss.png": draw_loss(history),
+        "predictions.png": draw_predictions(held_out, metrics),
+        "timeline.png": draw_timeline(table, held_out["id"].iloc[0]),
+        "examples.png": draw_examples(held_out, paths),
+    }
+    phases["evaluate"] = time.perf_counter()
+    report = metrics | {
+        "baseline_mae": baseline["mae"],
+        "frames": len(table),
+        "train_frames": len(trained_on),
+        "validation_frames": len(held_out),
+        "weights": weights,
+        "seconds": dict(zip(phases, np.diff([START, *phases.values()]).round(2))),
+        "constants": {name: value for name, value in globals().items() if name.isupper() and name not in ("START", "ROOT")},
+        "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (keras, np, pd, sklearn)},
+    }
+    results = {
+        "ts_crowdnet.keras": model.save,
+        "history.csv": lambda path: history.to_csv(path, index=False),
+        "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
+        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
+    }
+    for name, figure in figures.items():
+        figure.suptitle(f"ResNet50 weights: {weights}\nvalidation frames {held_out['id'].iloc[0]}-{held_out['id'].iloc[-1]}", fontsize="small")
+        results[name] = functools.partial(figure.savefig, dpi=150)
+    publish(outputs, results)
+    drop_others(outputs, "checkpoint-*", None)
+    drop_others(outputs, "new*", None)
+    summarise(metrics, baseline)
+    print(f"Results: {outputs}")
+
+
 def count_people(model, frames):
     """Counts the people in new frames of the camera that a model was trained on.
 
@@ -785,11 +829,10 @@ def count_folder():
 
 
 def main():
-    """Labels -> frames -> features -> head -> whole model -> figures and numbers."""
+    """Labels -> frames -> features -> estimates -> counts -> figures and numbers."""
     check_constants()
     if COUNT is not None:
         return count_folder()
-    sns.set_theme(context="paper", style="ticks")
     phases = {"import": time.perf_counter()}  # when each phase ended
 
     labels = read_labels(at(LABELS))
@@ -800,13 +843,11 @@ def main():
             f"SEQUENCE_LENGTH = {SEQUENCE_LENGTH}; add frames or change these"
         )
     paths, digest = find_frames(labels.index)
-    with Image.open(paths[0]) as image:
-        synthetic = image.info.get("comment") == b"synthetic mall sample"
     print(f"{len(labels)} frames: the first {split} train, the last {len(labels) - split} validate.")
-    if synthetic:
-        print("They are the rendered sample, no real people: the README says how to put Mall in its place.")
+    with Image.open(paths[0]) as image:
+        if image.info.get("comment") == b"synthetic mall sample":
+            print("They are the rendered sample, no real people: the README says how to put Mall in its place.")
     frames = Frames(paths, FRAME_SIZE)
-    windows = make_windows(labels.index.to_numpy(), SEQUENCE_LENGTH)  # (N, T)
     phases["check frames"] = time.perf_counter()
 
     backbone, weights = prepare_backbone(frames, split)
@@ -814,25 +855,27 @@ def main():
 
     outputs = at(OUTPUTS)
     with only_run(outputs):
-        seen = fingerprint(digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, READ_OUT, READ_OUT_RANDOM, *backbone.get_weights())
-        cache = outputs / f"features-{seen}.float32"
+        depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, READ_OUT, READ_OUT_RANDOM, *backbone.get_weights())
+        cache = outputs / f"features-{fingerprint(*depends_on)}.float32"
         drop_others(outputs, "features-*", cache.stem)
         features = extract_features(backbone, frames, cache)  # (N, F)
         phases["extract features"] = time.perf_counter()
 
         views = [view.shape[-1] for view in backbone.get_layer("features").input]
         readout = build_readout(features[:split], counts[:split], views)
+        slices = (slice(start, start + 256) for start in range(0, len(frames), 256))
+        estimates = np.concatenate([ops.convert_to_numpy(readout(features[rows])) for rows in slices])  # (N, 1)
+        phases["fit read-out"] = time.perf_counter()
+
         keras.utils.set_random_seed(SEED)
         head = build_head(counts[:split])
         model = build_model(backbone, readout, head)
-        estimates = np.concatenate([ops.convert_to_numpy(readout(features[start : start + 256])) for start in range(0, len(frames), 256)])  # (N, 1)
         source, trained = (estimates, head) if CACHE_FEATURES else (frames, model)
-        phases["fit read-out"] = time.perf_counter()
-
+        windows = make_windows(labels.index.to_numpy(), SEQUENCE_LENGTH)  # (N, T)
         training = WindowSequence(source, windows[:split], counts[:split], shuffle=True)
         validation = WindowSequence(source, windows[split:], counts[split:])
         settings = (ESTIMATE_NOISE, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, CACHE_FEATURES)
-        name = f"checkpoint-{fingerprint(seen, counts, estimates, windows, split, *settings)}"
+        name = f"checkpoint-{fingerprint(cache.name, counts, estimates, windows, split, *settings)}"
         if drop_others(outputs, "checkpoint-*", name):
             print("The unfinished run here had other constants or labels: training starts afresh.")
         history = train(trained, training, validation, outputs / f"{name}.weights.h5")
@@ -841,42 +884,7 @@ def main():
         predicted = trained.predict(WindowSequence(source, windows, counts), verbose=0)[:, 0]
         table = pd.DataFrame({"id": labels.index, "split": "train", "true": counts.astype(int), "predicted": predicted})
         table.loc[split:, "split"] = "validation"
-        held_out = table[split:]
-        metrics = measure(held_out["true"], held_out["predicted"])
-        baseline = measure(held_out["true"], np.full(len(held_out), counts[:split].mean()))
-        caption = f"ResNet50 weights: {weights}\nvalidation frames {labels.index[split]}-{labels.index[-1]}"
-        figures = {
-            "loss.png": draw_loss(history),
-            "predictions.png": draw_predictions(held_out, metrics),
-            "timeline.png": draw_timeline(table, labels.index[split]),
-            "examples.png": draw_examples(held_out, paths),
-        }
-        phases["evaluate"] = time.perf_counter()
-
-        report = metrics | {
-            "baseline_mae": baseline["mae"],
-            "frames": len(labels),
-            "train_frames": split,
-            "validation_frames": len(labels) - split,
-            "weights": weights,
-            "seconds": dict(zip(phases, np.diff([START, *phases.values()]).round(2))),
-            "constants": {name: value for name, value in globals().items() if name.isupper() and name not in ("START", "ROOT")},
-            "versions": {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (keras, np, pd, sklearn)},
-        }
-        results = {
-            "ts_crowdnet.keras": model.save,
-            "history.csv": lambda path: history.to_csv(path, index=False),
-            "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
-            "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
-        }
-        for name, figure in figures.items():
-            figure.suptitle(caption, fontsize="small")
-            results[name] = functools.partial(figure.savefig, dpi=150)
-        publish(outputs, results)
-        drop_others(outputs, "checkpoint-*", None)
-        drop_others(outputs, "new*", None)
-    summarise(metrics, baseline)
-    print(f"Results: {outputs}")
+        save_results(outputs, model, history, table, paths, weights, phases)
     if plt.get_backend().lower() != "agg":  # a screen
         plt.show()
     plt.close("all")
@@ -884,21 +892,18 @@ def main():
 
 def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
+
+    def interrupt(*_):  # no exception, which libraries would catch or report: every file is whole at every moment
+        os.write(2, b"\nInterrupted: run the same command again to go on from here.\n")
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupt)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    interrupted = "\nInterrupted: run the same command again to go on from here."
-    asked = []  # a library may turn the exception of Ctrl-C into one of its own
-    signal.signal(signal.SIGINT, lambda *event: (asked.append(event), signal.default_int_handler(*event)))
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(interrupted)
-    except Exception as error:
-        if asked:
-            sys.exit(interrupted)
-        if isinstance(error, InputError):
-            sys.exit(f"Error: {error}")
-        if not isinstance(error, OSError):
-            raise
+    except InputError as error:
+        sys.exit(f"Error: {error}")
+    except OSError as error:
         sys.exit(f"Error: {error.filename or at(OUTPUTS)}: {error.strerror or error}; free space or correct the path, then run again")
 
 

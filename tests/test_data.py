@@ -54,7 +54,8 @@ def test_sequence_covers_every_window_in_order_and_keeps_the_tail(sequence):
 
 def test_sequence_shuffles_anew_each_epoch_and_alike_for_one_seed(sequence, monkeypatch):
     def epochs(first=0):
-        training = sequence(shuffle=True, epoch=first)
+        training = sequence(shuffle=True)
+        training.on_epoch_end(epochs=first)
         orders = []
         for _ in range(3):
             x, y = read(training)

@@ -119,9 +119,9 @@ def test_features_are_reused_only_where_nothing_changed(run, constants, video, m
 
     def extract(**changes):
         constants(**changes)
-        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(ts, "train", stop)
-            ts.run_as_script()
+            ts.main()
         return features()
 
     _, table = run()
@@ -152,8 +152,8 @@ def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsy
     monkeypatch.setattr(ts, "prepare_backbone", stop)
     for source, said in ((video, False), (SCRIPT.parent, True)):
         monkeypatch.setattr(ts, "ROOT", source)
-        with pytest.raises(SystemExit):
-            ts.run_as_script()
+        with pytest.raises(KeyboardInterrupt):
+            ts.main()
         assert ("rendered sample" in capsys.readouterr().out) is said
 
 
@@ -173,7 +173,8 @@ from pathlib import Path
 for name, value in (TINY | {constants!r}).items():
     setattr(ts, name, value)
 ts.ROOT = Path({video!r})
-moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM], 0, 1
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a child until the script takes it over
+moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 0, 1
 begin = time.monotonic()
 while kills < {kills} or status:
     child = os.fork()  # imports are done: every moment of the child's life is the script's work
@@ -191,7 +192,7 @@ while kills < {kills} or status:
         time.sleep(0.01)
         done, status = os.waitpid(child, os.WNOHANG)
     if not done:
-        os.kill(child, signals[kills % 2])
+        os.kill(child, signals[kills % 3])
         _, status = os.waitpid(child, 0)
         kills += 1
     check_whole(ts.at(ts.OUTPUTS))
@@ -230,8 +231,8 @@ def test_an_interrupted_run_goes_on_and_does_not_start_again(run, constants, mon
 
     monkeypatch.setattr(ts.Checkpoint, "on_epoch_end", third)
     constants(EPOCHS=6, OUTPUTS="outputs")
-    with pytest.raises(SystemExit, match="Interrupted"):
-        ts.run_as_script()
+    with pytest.raises(KeyboardInterrupt):
+        ts.main()
     monkeypatch.setattr(ts.Checkpoint, "on_epoch_end", save)
     capsys.readouterr()
     _, resumed = run(EPOCHS=6, OUTPUTS="outputs")
@@ -240,9 +241,9 @@ def test_an_interrupted_run_goes_on_and_does_not_start_again(run, constants, mon
 
 
 def test_a_changed_constant_starts_afresh_and_says_so(run, constants, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="Interrupted"):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pd.DataFrame, "to_csv", stop)
-        ts.run_as_script()
+        ts.main()
     run(LEARNING_RATE=1e-2)
     out = capsys.readouterr().out
     assert "starts afresh" in out and "Going on" not in out
@@ -260,8 +261,8 @@ def test_a_partly_extracted_video_goes_on_where_it_was(run, constants, video, mo
 
     constants(OUTPUTS="outputs")
     monkeypatch.setattr(ts, "load_frame", fails_late)
-    with pytest.raises(SystemExit, match="Interrupted"):
-        ts.run_as_script()
+    with pytest.raises(KeyboardInterrupt):
+        ts.main()
     part = next((video / "outputs").glob("features-*.part"))
     with part.open("ab") as file:
         file.write(b"half a batch")
