@@ -596,22 +596,26 @@ def extract_features(backbone, frames, path):
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps weights, optimizer and schedule of the last finished epoch, in one file that is always whole.
+    """Keeps all that training has changed by the end of an epoch: weights, noise generators, optimizer, schedule.
 
-    Noise is reseeded at each epoch: Keras does not save its state, and a resumed run must draw the same.
+    NumPy's archive instead of Keras's HDF5: on a full disk HDF5 may fail without an exception.
     """
 
     def __init__(self, path):
         super().__init__()
         self.path = path
 
-    def on_epoch_begin(self, epoch, logs=None):
-        states = [variable for variable in self.model.variables if "seed_generator_state" in variable.path]
-        for number, state in enumerate(states):
-            state.assign([SEED % 2**32, (epoch * len(states) + number) * 2**16])
+    def variables(self):
+        return [*self.model.variables, *self.model.optimizer.variables]
+
+    def load(self):
+        with np.load(self.path, allow_pickle=False) as state:
+            for variable, name in zip(self.variables(), state.files):
+                variable.assign(state[name])
 
     def on_epoch_end(self, epoch, logs=None):
-        publish(self.path.parent, {self.path.name: self.model.save_weights})
+        state = [ops.convert_to_numpy(variable) for variable in self.variables()]
+        publish(self.path.parent, {self.path.name: lambda path: np.savez(path, *state)})
 
 
 def train(model, training, validation, path):
@@ -624,10 +628,10 @@ def train(model, training, validation, path):
     compiled = "auto" if keras.backend.backend() == "jax" else False  # TensorFlow's XLA: 10 x slower on a CPU
     model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=compiled)
     optimizer.build(model.trainable_variables)
-    log = path.with_suffix(".csv")
-    done = 0
+    checkpoint, log, done = Checkpoint(path), path.with_suffix(".csv"), 0
     if path.exists():
-        model.load_weights(path)
+        checkpoint.set_model(model)
+        checkpoint.load()
         done = int(optimizer.iterations) // len(training)
         training.on_epoch_end(epochs=done)
         rows = log.read_text().splitlines(keepends=True)[: done + 1]  # a killed run may have logged more
@@ -638,7 +642,7 @@ def train(model, training, validation, path):
         validation_data=validation,
         epochs=EPOCHS,
         initial_epoch=done,
-        callbacks=[keras.callbacks.CSVLogger(log, append=done > 0), Checkpoint(path)],
+        callbacks=[keras.callbacks.CSVLogger(log, append=done > 0), checkpoint],
         shuffle=False,  # the Sequence shuffles; Keras would deal its batches by a state that no resumed run has
         verbose=1 if sys.stdout.isatty() else 2,
     )
@@ -878,7 +882,7 @@ def main():
         name = f"checkpoint-{fingerprint(cache.name, counts, estimates, windows, split, *settings)}"
         if drop_others(outputs, "checkpoint-*", name):
             print("The unfinished run here had other constants or labels: training starts afresh.")
-        history = train(trained, training, validation, outputs / f"{name}.weights.h5")
+        history = train(trained, training, validation, outputs / f"{name}.npz")
         phases["train"] = time.perf_counter()
 
         predicted = trained.predict(WindowSequence(source, windows, counts), verbose=0)[:, 0]

@@ -76,7 +76,7 @@ def predict_fold(row, features, views, windows, counts, train, validate, cache):
         return estimates[validate, 0] * counts[train].std() + counts[train].mean()
     ts.keras.utils.set_random_seed(ts.SEED)
     head = ts.build_head(counts[train])
-    checkpoint = cache / "checkpoint.weights.h5"
+    checkpoint = cache / "checkpoint.npz"
     checkpoint.unlink(missing_ok=True)
     ts.train(head, ts.WindowSequence(estimates, windows[train], counts[train], shuffle=True), None, checkpoint)
     return head.predict(ts.WindowSequence(estimates, windows[validate], counts[validate]), verbose=0)[:, 0]

@@ -55,7 +55,7 @@ def test_training_on_frames_and_on_estimates_gives_the_same_head(parts, tmp_path
         model = head if source is estimates else ts.build_model(backbone, readout, head)
         training = ts.WindowSequence(source, windows[:16], counts[:16], shuffle=True)
         validation = ts.WindowSequence(source, windows[16:], counts[16:])
-        ts.train(model, training, validation, tmp_path / f"checkpoint-{len(weights)}.weights.h5")
+        ts.train(model, training, validation, tmp_path / f"checkpoint-{len(weights)}.npz")
         weights.append(head.get_weights())
     moved = [np.abs(a - b).max() for a, b in zip(start, weights[0])]
     assert max(moved) > 1e-2, "the head has learned something"
