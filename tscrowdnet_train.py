@@ -371,7 +371,7 @@ class WindowSequence(keras.utils.Sequence):
 
 
 def load_resnet50():
-    """ResNet50 without its top, with WEIGHTS. Returns (model, what its weights are).
+    """ResNet50 without its top, with WEIGHTS. Returns (model, what its weights are, whether they are random).
 
     He et al., "Deep residual learning for image recognition", CVPR 2016; keras.applications.
     Raises InputError when WEIGHTS names a file that does not fit.
@@ -381,21 +381,21 @@ def load_resnet50():
         return keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(*FRAME_SIZE, 3))
 
     if WEIGHTS is None:
-        return build(None), "random"
+        return build(None), "random", True
     if WEIGHTS == "imagenet":
         try:
-            return build("imagenet"), "imagenet"
+            return build("imagenet"), "imagenet", False
         except Exception as error:  # Keras raises a bare Exception when the download fails
             print(
                 f"Warning: no ImageNet weights ({' '.join(str(error).split())}); going on with random ones. Download "
                 "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5 elsewhere and set WEIGHTS to its path.",
                 file=sys.stderr,
             )
-            return build(None), "random (the ImageNet weights could not be downloaded)"
+            return build(None), "random (the ImageNet weights could not be downloaded)", True
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Keras only warns of layers that it finds no weights for
-            return build(str(at(WEIGHTS))), str(WEIGHTS)
+            return build(str(at(WEIGHTS))), str(WEIGHTS), False
     except Exception as error:  # h5py and Keras raise many kinds
         raise InputError(f"{at(WEIGHTS)}: no weights of a Keras ResNet50 without its top ({error})") from None
 
@@ -459,8 +459,7 @@ def fit_backbone(backbone, frames, random_weights):
 
 def prepare_backbone(frames, split):
     """The frozen backbone, fitted to an even sample of the first split frames: (backbone, what its weights are)."""
-    resnet, weights = load_resnet50()
-    random_weights = weights.startswith("random")
+    resnet, weights, random_weights = load_resnet50()
     read_out = READ_OUT_RANDOM if random_weights else READ_OUT
     unknown = sorted(set(read_out) - {layer.name for layer in resnet.layers})
     if unknown:
@@ -470,7 +469,6 @@ def prepare_backbone(frames, split):
         )
     backbone = build_backbone(resnet, read_out)
     fit_backbone(backbone, frames[np.unique(np.linspace(0, split - 1, CALIBRATION_FRAMES).astype(int))], random_weights)
-    backbone.trainable = False
     return backbone, weights
 
 

@@ -19,7 +19,6 @@ def parts(video, constants):
     keras.utils.set_random_seed(0)
     backbone = ts.build_backbone(ts.load_resnet50()[0], ts.READ_OUT_RANDOM)
     ts.fit_backbone(backbone, frames[np.arange(8)], random_weights=True)
-    backbone.trainable = False
     features = ts.extract_features(backbone, frames, video / "features-0.float32")
     return frames, ts.make_windows(labels.index.to_numpy(), ts.SEQUENCE_LENGTH), labels.to_numpy(), backbone, features
 
@@ -184,7 +183,7 @@ def test_imagenet_weights_are_what_keras_downloads(run, weight_file, monkeypatch
     metrics, _ = run(WEIGHTS="imagenet", READ_OUT=small, READ_OUT_RANDOM={"conv1_relu": (1, 1)})
     assert asked[0][0].startswith("resnet50") and "notop" in asked[0][0]
     assert metrics["weights"] == "imagenet" and "Warning" not in capsys.readouterr().err
-    resnet, _ = ts.load_resnet50()
+    resnet, *_ = ts.load_resnet50()
     np.testing.assert_array_equal(resnet.get_layer("conv4_block6_3_conv").get_weights()[0], kernel)
 
 

@@ -1,5 +1,6 @@
 """The script as a user runs it, its files, its cache, reproducibility and resumption."""
 
+import importlib.util
 import json
 import os
 import re
@@ -84,6 +85,21 @@ def test_a_user_runs_the_script(video, tmp_path_factory):
     assert features.stat().st_size == 20 * (2 * (12 * 64 + 2 * 256) + 6 * 8) * 4
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_other_backends_give_the_same_metrics(video, backend):
+    """From the same ResNet50 weights, within 1%: the LSTM starts elsewhere and sees other noise, so it learns slowly here."""
+    if not importlib.util.find_spec(backend):
+        pytest.skip(f"{backend} is not installed")
+    ts.keras.applications.ResNet50(include_top=False, weights=None, input_shape=(48, 64, 3)).save_weights(video / "resnet50.weights.h5")
+    maes = []
+    for name in (keras.backend.backend(), backend):
+        script = edited_copy(video, **TINY | {"WEIGHTS": "resnet50.weights.h5", "READ_OUT": {"conv1_relu": (3, 4)}, "OUTPUTS": name, "LEARNING_RATE": 1e-3})
+        done = start(script, cwd=video, KERAS_BACKEND=name)
+        assert done.returncode == 0, done.stderr
+        maes.append(json.loads((video / name / "metrics.json").read_text())["mae"])
+    assert maes[1] == pytest.approx(maes[0], rel=0.01)
+
+
 def test_one_line_and_exit_status_1(video):
     (video / "labels.csv").unlink()
     done = start(edited_copy(video, **TINY), cwd=video)
@@ -164,7 +180,7 @@ def test_a_second_run_into_the_same_folder_is_refused(constants, video):
 
 
 FORK = """
-import os, random, signal, sys, time
+import os, random, resource, signal, sys, time
 sys.path[:0] = [{tests!r}, {root!r}]
 import tscrowdnet_train as ts
 from conftest import TINY, check_whole
@@ -174,11 +190,15 @@ for name, value in (TINY | {constants!r}).items():
     setattr(ts, name, value)
 ts.ROOT = Path({video!r})
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # in a child until the script takes it over
-moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], 0, 1
+moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"], 0, 1
 begin = time.monotonic()
 while kills < {kills} or status:
+    kind = signals[kills % 4] if kills < {kills} else None
+    room = int(10 ** moments.uniform(2, 6.5))
     child = os.fork()  # imports are done: every moment of the child's life is the script's work
     if not child:
+        if kind == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         try:
             ts.run_as_script()
@@ -186,15 +206,15 @@ while kills < {kills} or status:
             print(stop.code, file=sys.stderr)
             os._exit(1)
         os._exit(0)
-    end = time.monotonic() + (moments.uniform(0, {limit}) if kills < {kills} else 1e6)
+    end = time.monotonic() + (moments.uniform(0, {limit}) if kind and kind != "full disk" else 1e6)
     done = 0
     while not done and time.monotonic() < end:
         time.sleep(0.01)
         done, status = os.waitpid(child, os.WNOHANG)
     if not done:
-        os.kill(child, signals[kills % 3])
+        os.kill(child, kind)
         _, status = os.waitpid(child, 0)
-        kills += 1
+    kills += not done or kind == "full disk"
     check_whole(ts.at(ts.OUTPUTS))
 print(kills, time.monotonic() - begin)
 """
