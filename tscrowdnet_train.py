@@ -19,8 +19,8 @@ Change the constants below and run again; an interrupted run goes on where it st
 """
 
 import contextlib
-import functools
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -81,21 +81,21 @@ SEQUENCE_LENGTH = 5  # frames in a window; 1 to see what the LSTM's memory is wo
 FRAME_SIZE = (480, 640)  # (height, width) fed to ResNet50; (240, 320) is 4 x faster, less accurate
 TRAIN_FRACTION = 0.8  # first part of the video trains, the rest validates; 0.4 for Mall's canonical split
 
-# -- Backbone: frozen ResNet50. As published: FRAME_SIZE = (224, 224), FOREGROUND = None, and
-#    {"conv5_block3_out": (1, 1)} for the read-out ---------------------------------------------------
+# -- Backbone: frozen ResNet50. Read as published: FRAME_SIZE = (224, 224), FOREGROUND = None and
+#    {"conv5_block3_out": (1, 1)} --------------------------------------------------------------------
 WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random, calibrated
-# Layers of ResNet50, finest first, and the grid (rows, columns) that each is averaged over:
+# Layers of ResNet50, finest first, and the grid (rows, columns, at most) that each is averaged over:
 READ_OUT = {"conv1_relu": (6, 8), "conv3_block4_out": (3, 4), "conv4_block6_out": (3, 4)}  # trained weights
 READ_OUT_RANDOM = {"conv1_relu": (6, 8)}  # random weights, whose deeper layers add noise and time
 FOREGROUND = (12, 16)  # grid for where a frame differs from the empty scene; None: no use of the empty scene
-CALIBRATION_FRAMES = 96  # training frames that show the empty scene; more if it is seldom empty
+CALIBRATION_FRAMES = 96  # training frames whose median is the empty scene; 0.9 MB of memory each at 480x640
 FRAME_BATCH = 8  # frames the backbone sees at once; less memory with fewer, no faster on a CPU with more
-# False: every window through TimeDistributed ResNet50 at every epoch, as published; same result, some 200 x slower
+# False: the head trains with every window through TimeDistributed ResNet50 at every epoch, as published; same result, far slower
 CACHE_FEATURES = True
 
 # -- Read-out and head: features -> an estimate for each frame -> LSTM over the window -> count ----------
 PENALTIES = (3e-5, 1e-4, 3e-4, 1e-3, 1e-2)  # of ridge regression; blocked cross-validation in the training frames picks one
-ESTIMATE_NOISE = 0.1  # in deviations of the count; more where neighbouring frames show the same people: the LSTM trusts them more
+ESTIMATE_NOISE = 0.1  # in standard deviations of the count; with more, the LSTM leans more on the earlier frames of a window
 LSTM_UNITS = 16  # more for longer windows, or where neighbouring frames tell much of each other
 
 # -- Training -------------------------------------------------------------------------------------
@@ -123,9 +123,9 @@ def at(name):
 
 def check_constants():
     """Raises InputError for a constant out of range, before any work is done."""
-    whole = lambda least: lambda value: isinstance(value, int) and value >= least  # noqa: E731
-    name_or_path = lambda value: isinstance(value, (str, Path))  # noqa: E731
-    grids = lambda value: len(value) > 0 and all(len(grid) == 2 and min(grid) > 0 for grid in value.values())  # noqa: E731
+    whole = lambda least: lambda value: isinstance(value, int) and value >= least
+    name_or_path = lambda value: isinstance(value, (str, Path))
+    grids = lambda value: len(value) > 0 and all(len(grid) == 2 and min(grid) > 0 for grid in value.values())
     in_range = {
         "LABELS FRAMES OUTPUTS": (name_or_path, "a path in quotes"),
         "WEIGHTS": (lambda value: value is None or name_or_path(value), '"imagenet", a path in quotes or None'),
@@ -170,14 +170,14 @@ def publish(outputs, writers):
     The results of an earlier run stay readable until all the new ones are whole.
     """
     for name, write in writers.items():
-        write(outputs / f"new-{name}")
+        write(outputs / f".new-{name}")
     for name in writers:
-        os.replace(outputs / f"new-{name}", outputs / name)
+        os.replace(outputs / f".new-{name}", outputs / name)
 
 
-def drop_others(outputs, pattern, kept):
-    """Deletes the files of pattern whose names do not start with kept (None: all); returns how many."""
-    others = [path for path in outputs.glob(pattern) if kept is None or not path.name.startswith(kept)]
+def drop_files(outputs, pattern, kept=None):
+    """Deletes the files of pattern but those whose names start with kept; returns how many."""
+    others = [path for path in outputs.glob(pattern) if path.is_file() and not (kept and path.name.startswith(kept))]
     for path in others:
         path.unlink()
     return len(others)
@@ -188,6 +188,7 @@ def fingerprint(*things):
     digest = hashlib.blake2b(digest_size=6)
     for thing in things:
         digest.update(thing.tobytes() if isinstance(thing, np.ndarray) else repr(thing).encode())
+        digest.update(b"\0")
     return digest.hexdigest()
 
 
@@ -231,16 +232,15 @@ def read_labels(path):
     if table.empty:
         raise InputError(f"{path}: no labels; give one row id,count for each frame")
     numbers = table.apply(pd.to_numeric, errors="coerce").astype(float)
-    problems = {
-        "id": ("no whole number from 0 to 999999999", ~numbers["id"].between(0, 999_999_999) | (numbers["id"] % 1 != 0)),
-        "count": ("no whole number from 0 to 1000000", ~numbers["count"].between(0, 1e6) | (numbers["count"] % 1 != 0)),
-        "id ": ("there already", numbers["id"].duplicated()),
-    }
-    for column, (problem, found) in problems.items():
+    problems = [
+        ("id", "no whole number from 0 to 999999999", ~numbers["id"].between(0, 999_999_999) | (numbers["id"] % 1 != 0)),
+        ("count", "no whole number from 0 to 1000000", ~numbers["count"].between(0, 1e6) | (numbers["count"] % 1 != 0)),
+        ("id", "there already", numbers["id"].duplicated()),
+    ]
+    for column, problem, found in problems:
         if found.any():
-            row, value = found.idxmax(), table.loc[found.idxmax(), column.strip()]
-            more = f" ({found.sum()} such rows)" if found.sum() > 1 else ""
-            raise InputError(f"{path}, {row}: {column.strip()} {value!r} is {problem}{more}; correct or delete the row")
+            row, more = found.idxmax(), f" ({found.sum()} such rows)" if found.sum() > 1 else ""
+            raise InputError(f"{path}, {row}: {column} {table.loc[row, column]!r} is {problem}{more}; correct or delete the row")
     counts = pd.Series(numbers["count"].to_numpy(float), numbers["id"].astype(int).to_numpy(), name="count")
     return counts.sort_index()
 
@@ -341,7 +341,7 @@ def make_windows(ids, length):
 class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and counts (batch, 1) to fit, evaluate and predict.
 
-    source: anything indexed by rows, Frames or a memory-mapped array of features (N, F).
+    source: anything indexed by rows, Frames or the estimates of the counts (N, 1).
     windows: (M, T) row numbers, from make_windows.
     counts: (M,) people in the last frame of each window.
     shuffle: draws a new order for each epoch, the same for the same SEED and epoch.
@@ -423,7 +423,7 @@ def build_backbone(resnet, read_out):
         distance = ops.sqrt(ops.mean(ops.square(background(stages[0])), axis=-1, keepdims=True))
         foreground = ops.sigmoid(6.0 * (distance - 0.8))  # (h, w, 1); 0.8 of the usual distance: by blocked validation
         for stage, grid in list(views):
-            coarser = layers.AveragePooling2D(round(stages[0].shape[1] / stage.shape[1]), padding="same")
+            coarser = layers.AveragePooling2D(2 ** round(np.log2(stages[0].shape[1] / stage.shape[1])), padding="same")
             views.append((stage * coarser(foreground), grid))
         views.append((foreground, FOREGROUND))
     pooled = []
@@ -439,7 +439,7 @@ def fit_backbone(backbone, frames, random_weights):
     Random weights need the BatchNorm statistics of real activations, or deep layers carry no signal.
     """
     batches = np.array_split(frames, -(-len(frames) // 4))
-    some = batches[:: -(-len(batches) // 4)]  # 16 frames tell what is usual
+    some = batches[:: -(-len(batches) // 4)]  # some 16 frames tell what is usual
     if random_weights:
         resnet = backbone.get_layer("resnet50")
         for done, batch in enumerate(some):
@@ -450,7 +450,7 @@ def fit_backbone(backbone, frames, random_weights):
     if FOREGROUND:
         background = backbone.get_layer("background")
         finest = keras.Model(backbone.input, background.input)
-        maps = lambda batch: ops.convert_to_numpy(finest(batch, training=False))  # noqa: E731
+        maps = lambda batch: ops.convert_to_numpy(finest(batch, training=False))
         empty = maps(np.median(frames, axis=0)[None].astype("uint8"))[0]  # (h, w, C)
         square = [np.square(maps(batch) - empty).mean(axis=(0, 1, 2)) for batch in some]
         usual = np.sqrt(np.mean(square, axis=0))  # (C,): channels weigh alike in the distance
@@ -458,7 +458,7 @@ def fit_backbone(backbone, frames, random_weights):
 
 
 def prepare_backbone(frames, split):
-    """The frozen backbone, fitted to an even sample of the first split frames: (backbone, what its weights are)."""
+    """The backbone, fitted to an even sample of the first split frames: (backbone, its read-out, what its weights are)."""
     resnet, weights, random_weights = load_resnet50()
     read_out = READ_OUT_RANDOM if random_weights else READ_OUT
     unknown = sorted(set(read_out) - {layer.name for layer in resnet.layers})
@@ -469,7 +469,7 @@ def prepare_backbone(frames, split):
         )
     backbone = build_backbone(resnet, read_out)
     fit_backbone(backbone, frames[np.unique(np.linspace(0, split - 1, CALIBRATION_FRAMES).astype(int))], random_weights)
-    return backbone, weights
+    return backbone, read_out, weights
 
 
 def ridge(features, counts, rows, scale, penalty):
@@ -491,12 +491,12 @@ def ridge(features, counts, rows, scale, penalty):
 
     operator = scipy.sparse.linalg.LinearOperator(features.shape, forward, backward, dtype="float64")
     level = rows @ counts / n
-    weights = scipy.sparse.linalg.lsmr(operator, rows * (counts - level), np.sqrt(penalty * n), 1e-6, 1e-6)[0] / scale
+    weights = scipy.sparse.linalg.lsmr(operator, rows * (counts - level), np.sqrt(penalty * n))[0] / scale
     return weights.astype("float32"), level - mean @ weights
 
 
 def build_readout(features, counts, views):
-    """Read-out: features (F,) -> an estimate of the count (1,), in deviations from the mean training count.
+    """Read-out: features (F,) -> an estimate of the count (1,), in standard deviations from the mean training count.
 
     Ridge regression on the features (M, F) and counts (M,) of the training frames, with the penalty that does
     best on blocks of them left out: neighbours of a frame show the same people, so single frames would not
@@ -507,16 +507,16 @@ def build_readout(features, counts, views):
         scaler.partial_fit(features[start : start + 256])
     scale = scaler.scale_ * np.sqrt(np.repeat(views, views) * len(views))
     target = (counts - counts.mean()) / max(counts.std(), 1.0)
-    blocks = np.arange(n) // max(min(40, n // 5), 1)
-    folds = np.arange(n)[:, None] == np.arange(0)  # (M, folds): which frames are left out
-    if blocks[-1] > 0:
-        folds = blocks[:, None] % 5 == np.unique(blocks % 5)
+    blocks = np.arange(n) // max(min(40, n // 5), 1) % 5
+    folds = [blocks == k for k in np.unique(blocks) if n > 1]  # which frames are left out
 
     def error(penalty):
-        fits = [ridge(features, target, ~left_out, scale, penalty) for left_out in folds.T]
-        return sum(np.square(features @ weights + level - target)[left_out].sum() for left_out, (weights, level) in zip(folds.T, fits))
+        fits = [ridge(features, target, ~left_out, scale, penalty) for left_out in folds]
+        return sum(np.square(features @ weights + level - target)[left_out].sum() for left_out, (weights, level) in zip(folds, fits))
 
-    weights, level = ridge(features, target, np.ones(n), scale, min(PENALTIES, key=error))
+    penalty = min(PENALTIES, key=error)
+    print(f"Ridge regression of the counts on the features, penalty {penalty:g}.")
+    weights, level = ridge(features, target, np.ones(n), scale, penalty)
     frame = keras.Input((features.shape[1],), name="features")
     scaling, dense = layers.Normalization(name="feature_scaling"), layers.Dense(1, name="estimate")
     readout = keras.Model(frame, dense(scaling(frame)), name="read_out")
@@ -560,13 +560,10 @@ def predict_each(model, source, first=0):
     """
     progress = keras.utils.Progbar(len(source), unit_name="frame", interval=0.1 if sys.stdout.isatty() else 20)
     with ThreadPoolExecutor(1) as decoder:
-        starts = range(first, len(source), FRAME_BATCH)
-        coming = [decoder.submit(source.__getitem__, slice(start, start + FRAME_BATCH)) for start in starts[:1]]
-        for start in starts:
-            batch = coming.pop().result()
-            after = start + FRAME_BATCH
-            if after < len(source):
-                coming.append(decoder.submit(source.__getitem__, slice(after, after + FRAME_BATCH)))
+        read = lambda start: decoder.submit(source.__getitem__, slice(start, start + FRAME_BATCH))
+        coming = read(first)
+        for start in range(first, len(source), FRAME_BATCH):
+            batch, coming = coming.result(), read(start + FRAME_BATCH)  # the last, empty, is never asked for
             full = np.resize(batch, (FRAME_BATCH, *batch.shape[1:]))
             yield ops.convert_to_numpy(model.predict_on_batch(full))[: len(batch)]
             progress.update(start + len(batch))
@@ -623,8 +620,7 @@ def train(model, training, validation, path):
     """
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
     optimizer = keras.optimizers.Adam(schedule)
-    compiled = "auto" if keras.backend.backend() == "jax" else False  # TensorFlow's XLA: 10 x slower on a CPU
-    model.compile(optimizer, loss="mse", metrics=["mae"], jit_compile=compiled)
+    model.compile(optimizer, loss="mse", metrics=["mae"])  # Keras leaves XLA out on a CPU, where it is 10 x slower
     optimizer.build(model.trainable_variables)
     checkpoint, log, done = Checkpoint(path), path.with_suffix(".csv"), 0
     if path.exists():
@@ -687,7 +683,7 @@ def summarise(metrics, baseline):
 
 
 def draw_loss(history):
-    """Training and validation loss over the epochs."""
+    """Training loss, with noise, and validation loss, without, over the epochs."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     curves = history.rename(columns={"loss": "training", "val_loss": "validation"})
     curves = curves.assign(epoch=curves["epoch"] + 1).melt("epoch", ["training", "validation"], "frames", "loss")
@@ -717,7 +713,7 @@ def draw_timeline(table, split_id):
     figure, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
     axes.plot(table["id"], table["true"], color="0.35", linewidth=1, label="true")
     for split, part in table.groupby("split", sort=False):
-        axes.plot(part["id"], part["predicted"], linewidth=1, label=f"predicted, {split}")
+        axes.plot(part["id"], part["predicted"], linewidth=1, label={"train": "fitted", "validation": "predicted"}[split])
     axes.axvline(split_id - 0.5, color="0.5", linestyle="--", linewidth=1)
     axes.set(xlabel="Frame", ylabel="People", xlim=(table["id"].min(), table["id"].max()))
     axes.legend(ncols=3, loc="upper left")
@@ -746,7 +742,6 @@ def save_results(outputs, model, history, table, paths, weights, phases):
     trained_on, held_out = table[table["split"] == "train"], table[table["split"] == "validation"]
     metrics = measure(held_out["true"], held_out["predicted"])
     baseline = measure(held_out["true"], np.full(len(held_out), trained_on["true"].mean()))
-    sns.set_theme(context="paper", style="ticks")
     figures = {
         "loss.png": draw_loss(history),
         "predictions.png": draw_predictions(held_out, metrics),
@@ -768,14 +763,14 @@ def save_results(outputs, model, history, table, paths, weights, phases):
         "ts_crowdnet.keras": model.save,
         "history.csv": lambda path: history.to_csv(path, index=False),
         "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
-        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2) + "\n"),
+        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str) + "\n"),
     }
     for name, figure in figures.items():
         figure.suptitle(f"ResNet50 weights: {weights}\nvalidation frames {held_out['id'].iloc[0]}-{held_out['id'].iloc[-1]}", fontsize="small")
-        results[name] = functools.partial(figure.savefig, dpi=150)
+        results[name] = figure.savefig
     publish(outputs, results)
-    drop_others(outputs, "checkpoint-*", None)
-    drop_others(outputs, "new*", None)
+    drop_files(outputs, "checkpoint-*")
+    drop_files(outputs, ".new-*")
     summarise(metrics, baseline)
     print(f"Results: {outputs}")
 
@@ -833,6 +828,7 @@ def count_folder():
 def main():
     """Labels -> frames -> features -> estimates -> counts -> figures and numbers."""
     check_constants()
+    sns.set_theme(context="paper", style="ticks", rc={"savefig.dpi": 150})
     if COUNT is not None:
         return count_folder()
     phases = {"import": time.perf_counter()}  # when each phase ended
@@ -852,14 +848,14 @@ def main():
     frames = Frames(paths, FRAME_SIZE)
     phases["check frames"] = time.perf_counter()
 
-    backbone, weights = prepare_backbone(frames, split)
+    backbone, read_out, weights = prepare_backbone(frames, split)
     phases["fit backbone"] = time.perf_counter()
 
     outputs = at(OUTPUTS)
     with only_run(outputs):
-        depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, READ_OUT, READ_OUT_RANDOM, *backbone.get_weights())
+        depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, read_out, inspect.getsource(build_backbone), *backbone.get_weights())
         cache = outputs / f"features-{fingerprint(*depends_on)}.float32"
-        drop_others(outputs, "features-*", cache.stem)
+        drop_files(outputs, "features-*", cache.stem)
         features = extract_features(backbone, frames, cache)  # (N, F)
         phases["extract features"] = time.perf_counter()
 
@@ -878,7 +874,7 @@ def main():
         validation = WindowSequence(source, windows[split:], counts[split:])
         settings = (ESTIMATE_NOISE, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, CACHE_FEATURES)
         name = f"checkpoint-{fingerprint(cache.name, counts, estimates, windows, split, *settings)}"
-        if drop_others(outputs, "checkpoint-*", name):
+        if drop_files(outputs, "checkpoint-*", name):
             print("The unfinished run here had other constants or labels: training starts afresh.")
         history = train(trained, training, validation, outputs / f"{name}.npz")
         phases["train"] = time.perf_counter()

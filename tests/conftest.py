@@ -43,8 +43,8 @@ def make_video(folder, frames=20, size=(64, 48), seed=0):
 
 
 def check_whole(outputs):
-    """Fails if any result in outputs cannot be read to its end; new* is what a killed run was writing."""
-    for path in outputs.glob("[!n]*"):
+    """Fails if any result in outputs cannot be read to its end; .new-* is what a killed run was writing."""
+    for path in outputs.glob("[!.]*"):
         if path.suffix == ".json":
             json.loads(path.read_text())
         elif path.suffix == ".png":

@@ -173,6 +173,19 @@ def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsy
         assert ("rendered sample" in capsys.readouterr().out) is said
 
 
+def test_a_run_takes_paths_and_leaves_files_of_others_alone(run, video):
+    for name in ("new_frames", "features-mine", "checkpoint-mine"):
+        (video / "outputs" / name).mkdir(parents=True)
+        (video / "outputs" / name / "note.txt").write_text("mine")
+    metrics, _ = run(LABELS=Path("labels.csv"), OUTPUTS=video / "outputs")
+    assert metrics["constants"]["LABELS"] == "labels.csv"
+    assert len(list((video / "outputs").glob("*/note.txt"))) == 3
+
+
+def test_a_fingerprint_tells_neighbouring_values_apart():
+    assert ts.fingerprint(0.1, 16) != ts.fingerprint(0.11, 6) and ts.fingerprint(1, 664) != ts.fingerprint(16, 64)
+
+
 def test_a_second_run_into_the_same_folder_is_refused(constants, video):
     pytest.importorskip("fcntl")
     with ts.only_run(video / "outputs"), pytest.raises(SystemExit, match="another run"):
