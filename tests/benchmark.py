@@ -1,9 +1,10 @@
 """Speed and memory of the whole run, beside the published original and the limits of the machine.
 
-    python tests/benchmark.py [FOLDER] [--frames 2000] [--growth 200]
+    python tests/benchmark.py [FOLDER] [--frames 2000] [--growth 200] [--trained]
 
 FOLDER (default: the sample) holds labels.csv and frames/frames; its frames are repeated to --frames.
-Weights are random: their values do not change the work. Prints one table; every run is a process of
+Weights are random; with --trained they come from a file, so that READ_OUT is what ResNet50 is read at, as with
+ImageNet's (their values do not change the work), and growth and the original are left out. Prints one table; every run is a process of
 its own, and peak memory is that process's, page cache of mapped files included.
 """
 
@@ -41,7 +42,7 @@ def median_seconds(work, repeats=5):
     return statistics.median(times)
 
 
-def repeat_video(source, folder, frames):
+def repeat_video(source, folder, frames, weights=None):
     """A video of as many frames as asked for: links to those of source, over and over."""
     labels = pd.read_csv(source / "labels.csv")
     (folder / "frames" / "frames").mkdir(parents=True)
@@ -50,7 +51,7 @@ def repeat_video(source, folder, frames):
         (folder / "frames" / "frames" / f"seq_{frame:06d}.jpg").symlink_to(source / "frames" / "frames" / f"seq_{row.id:06d}.jpg")
         counts.append(row.count)
     pd.DataFrame({"id": range(1, frames + 1), "count": counts}).to_csv(folder / "labels.csv", index=False)
-    (folder / SCRIPT.name).write_text(re.sub(r"(?m)^WEIGHTS = .*$", "WEIGHTS = None", SCRIPT.read_text()))
+    (folder / SCRIPT.name).write_text(re.sub(r"(?m)^WEIGHTS = .*$", f"WEIGHTS = {weights!r}", SCRIPT.read_text()))
     return folder
 
 
@@ -101,11 +102,15 @@ def main():
     parser.add_argument("folder", type=Path, nargs="?", default=SCRIPT.parent)
     parser.add_argument("--frames", type=int, default=2000)
     parser.add_argument("--growth", type=int, default=200)
+    parser.add_argument("--trained", action="store_true")
     options = parser.parse_args()
     source, n, rows = options.folder.resolve(), options.frames, []
+    read_out, weights = (ts.READ_OUT, "resnet50.weights.h5") if options.trained else (ts.READ_OUT_RANDOM, None)
     with tempfile.TemporaryDirectory() as folder:
-        growth = measure_growth(source, Path(folder), options.growth)  # first: a child's peak memory starts at its parent's
-        video = repeat_video(source, Path(folder) / "video", n)
+        growth = [] if options.trained else measure_growth(source, Path(folder), options.growth)  # first: a child's peak memory starts at its parent's
+        video = repeat_video(source, Path(folder) / "video", n, weights)
+        if weights:
+            keras.applications.ResNet50(include_top=False, weights=None).save_weights(video / weights)
         first, phases, memory, mae = run_script(video)
         second, again, _, same = run_script(video)
         assert same == mae, "features from the disk changed the result"
@@ -128,11 +133,11 @@ def main():
         bare = median_seconds(lambda: resnet.predict_on_batch(floats)) / 8
         square = ops.ones((2048, 2048))
         matmul = 2 * 2048**3 / median_seconds(lambda: ops.convert_to_numpy(ops.matmul(square, square)[0, 0]))
-        flops = convolution_flops(resnet, ts.READ_OUT_RANDOM)
+        flops = convolution_flops(resnet, read_out)
         rate = f"{flops / bare / 1e9:.0f} GFLOP/s of the machine's {matmul / 1e9:.0f} in matrix multiplication"
-        rows.append((f"ResNet50 up to {list(ts.READ_OUT_RANDOM)[-1]} alone", bare * n, rate))
+        rows.append((f"ResNet50 up to {list(read_out)[-1]} alone", bare * n, rate))
 
-        for size in ((224, 224), ts.FRAME_SIZE):
+        for size in () if options.trained else ((224, 224), ts.FRAME_SIZE):
             original, resnet = published_original(size)
             windows = np.random.default_rng(0).uniform(0, 255, (16, 5, *size, 3)).astype("float32")
             counts = np.ones((16, 1))
