@@ -9,6 +9,9 @@ import pandas as pd
 import pytest
 
 from sklearn.linear_model import Ridge
+from sklearn.model_selection import GridSearchCV, PredefinedSplit
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
 
 import tscrowdnet_train as ts
 
@@ -73,13 +76,27 @@ def test_training_on_frames_and_on_estimates_gives_the_same_head(parts, tmp_path
 
 @pytest.mark.parametrize(("rows", "width"), [(60, 15), (60, 400)])
 def test_ridge_is_ridge_regression(rows, width):
-    """The same predictions as scikit-learn's exact solution, for few features and for many, on some of the rows."""
+    """The same predictions as scikit-learn's exact solution, for few features and for many."""
     rng = np.random.default_rng(0)
     features = rng.normal(5, 2, (rows, width)).astype("float32")
-    counts, chosen, scale = features[:, 0] * 2 + rng.normal(0, 1, rows), rng.random(rows) < 0.7, rng.uniform(1, 3, width)
-    weights, level = ts.ridge(features, counts, chosen, scale, penalty=0.1)
-    exact = Ridge(alpha=0.1 * chosen.sum()).fit(features[chosen] / scale, counts[chosen])
+    counts, scale = features[:, 0] * 2 + rng.normal(0, 1, rows), rng.uniform(1, 3, width)
+    weights, level = ts.ridge(features, counts, scale, penalty=0.1)
+    exact = Ridge(alpha=0.1 * rows).fit(features / scale, counts)
     np.testing.assert_allclose(features @ weights + level, exact.predict(features / scale), atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_penalty_is_the_one_of_a_grid_search(seed):
+    """scikit-learn's search over the same blocks, each fold with an intercept of its own: light drifts."""
+    rng = np.random.default_rng(seed)
+    frames = np.arange(400)
+    features = (rng.normal(0, 1, (400, 150)) + frames[:, None] / 100).astype("float32")
+    counts, scale = features @ rng.normal(0, 1, 150) + rng.normal(0, 3.0**seed, 400), np.full(150, 12.0)
+    search = GridSearchCV(Pipeline([("scale", FunctionTransformer(lambda x: x / scale)), ("ridge", Ridge())]),
+                          {"ridge__alpha": np.array(ts.PENALTIES) * 320}, scoring="neg_mean_squared_error",
+                          cv=PredefinedSplit(frames // 40 % 5))  # fmt: skip
+    best = search.fit(features, counts).best_params_["ridge__alpha"]
+    assert ts.choose_penalty(features, counts, scale) == pytest.approx(best / 320)
 
 
 def test_the_penalty_is_the_one_that_does_best_on_blocks_left_out(parts, monkeypatch):
