@@ -441,17 +441,17 @@ def fit_backbone(backbone, frames, random_weights):
     """
     batches = np.array_split(frames, -(-len(frames) // 4))
     some = batches[:: -(-len(batches) // 4)]  # some 16 frames tell what is usual
+    resnet, preprocess = backbone.get_layer("resnet50"), keras.applications.resnet50.preprocess_input
     if random_weights:
-        resnet = backbone.get_layer("resnet50")
         for done, batch in enumerate(some):
             for layer in resnet.layers:
                 if isinstance(layer, layers.BatchNormalization):
                     layer.momentum = done / (done + 1)  # the plain mean over the batches
-            resnet(keras.applications.resnet50.preprocess_input(batch.astype("float32")), training=True)
+            resnet(preprocess(batch.astype("float32")), training=True)
     if FOREGROUND:
         background = backbone.get_layer("background")
-        finest = keras.Model(backbone.input, background.input)
-        maps = lambda batch: ops.convert_to_numpy(finest(batch, training=False))
+        finest = keras.Model(resnet.input, resnet.outputs[0])
+        maps = lambda batch: ops.convert_to_numpy(finest(preprocess(batch.astype("float32")), training=False))
         empty = maps(np.median(frames, axis=0)[None].astype("uint8"))[0]  # (h, w, C)
         square = [np.square(maps(batch) - empty).mean(axis=(0, 1, 2)) for batch in some]
         usual = np.sqrt(np.mean(square, axis=0))  # (C,): channels weigh alike in the distance
