@@ -473,14 +473,13 @@ def prepare_backbone(frames, split):
     return backbone, read_out, weights
 
 
-def ridge(features, counts, scale, penalty):
-    """Ridge regression of counts (M,) on features (M, F) / scale: weights (F,) and intercept for the features as they are.
+def ridge(features, target, mean, scale, penalty):
+    """Ridge regression of a centred target (M,) on features (M, F) standardised by mean and scale (F,): weights (F,).
 
     lsmr (Fong & Saunders, SIAM J. Sci. Comput. 2011) only asks for products with the features: they stay on
     the disk, however many.
     """
-    scale, n = scale.astype("float32"), len(counts)
-    mean = np.ones(n, "float32") @ features / n
+    mean, scale = mean.astype("float32"), scale.astype("float32")
 
     def forward(weights):
         weights = weights.ravel().astype("float32") / scale
@@ -491,8 +490,7 @@ def ridge(features, counts, scale, penalty):
         return ((errors @ features - errors.sum() * mean) / scale).astype("float64")
 
     operator = scipy.sparse.linalg.LinearOperator(features.shape, forward, backward, dtype="float64")
-    weights = scipy.sparse.linalg.lsmr(operator, counts - counts.mean(), np.sqrt(penalty * n))[0] / scale
-    return weights.astype("float32"), counts.mean() - mean @ weights
+    return scipy.sparse.linalg.lsmr(operator, target, np.sqrt(penalty * len(target)))[0]
 
 
 def choose_penalty(features, counts, scale):
@@ -510,19 +508,16 @@ def choose_penalty(features, counts, scale):
         scaled -= scaled.mean(axis=0)
         products += scaled @ scaled.T
     blocks = np.arange(n) // max(min(40, n // 5), 1) % 5
-
-    def error(penalty):
-        total = 0
-        for block in np.unique(blocks) if n > 1 else ():
-            used, left_out = blocks != block, blocks == block
-            centred = products[:, used] - products[used][:, used].mean(axis=0)  # each fold has an intercept of its own
-            centred -= centred.mean(axis=1, keepdims=True)
-            level = counts[used].mean()
-            dual = scipy.linalg.solve(centred[used] + penalty * used.sum() * np.eye(used.sum()), counts[used] - level, assume_a="pos")
-            total += np.square(centred[left_out] @ dual + level - counts[left_out]).sum()
-        return total
-
-    return min(PENALTIES, key=error)
+    errors = dict.fromkeys(PENALTIES, 0.0)
+    for block in np.unique(blocks) if n > 1 else ():
+        used, left_out = blocks != block, blocks == block
+        centred = products[:, used] - products[used][:, used].mean(axis=0)  # each fold has an intercept of its own
+        centred -= centred.mean(axis=1, keepdims=True)
+        level, identity = counts[used].mean(), np.eye(used.sum())
+        for penalty in errors:
+            dual = scipy.linalg.solve(centred[used] + penalty * used.sum() * identity, counts[used] - level, assume_a="pos")
+            errors[penalty] += np.square(centred[left_out] @ dual + level - counts[left_out]).sum()
+    return min(errors, key=errors.get)
 
 
 def build_readout(features, counts, views):
@@ -538,12 +533,12 @@ def build_readout(features, counts, views):
     target = (counts - counts.mean()) / max(counts.std(), 1.0)
     penalty = choose_penalty(features, target, scale)
     print(f"Ridge regression of the counts on the features, penalty {penalty:g}.")
-    weights, level = ridge(features, target, scale, penalty)
+    weights = ridge(features, target, scaler.mean_, scale, penalty)
     frame = keras.Input((features.shape[1],), name="features")
-    scaling, dense = layers.Normalization(name="feature_scaling"), layers.Dense(1, name="estimate")
+    scaling, dense = layers.Normalization(name="feature_scaling"), layers.Dense(1, use_bias=False, name="estimate")
     readout = keras.Model(frame, dense(scaling(frame)), name="read_out")
     set_statistics(scaling, scaler.mean_, scale)
-    dense.set_weights([(weights * scale)[:, None], np.array([level + scaler.mean_ @ weights])])
+    dense.set_weights([weights[:, None]])
     return readout
 
 
