@@ -309,8 +309,8 @@ def load_frame(path, size):
     """Decodes one image: (height, width, 3) uint8 RGB, resized to size = (height, width)."""
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR))  # a copy where sizes agree
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR))  # a copy where sizes agree
     except Exception as error:  # a damaged file makes Pillow raise many kinds
         raise InputError(f"{path}: not a whole image ({error}); replace or remove it") from None
 
@@ -406,19 +406,45 @@ def set_statistics(normalization, mean, deviation):
     normalization.adapt(np.stack([mean - deviation, mean + deviation]).astype("float32"))
 
 
-def build_backbone(resnet, read_out):
+def calibrate(maps, batches):
+    """Sets BatchNorm's statistics to those of batches of frames (b, H, W, 3): without them random weights carry no signal deep down."""
+    for done, batch in enumerate(batches):
+        for layer in maps.layers:
+            if isinstance(layer, layers.BatchNormalization):
+                layer.momentum = done / (done + 1)  # the plain mean over the batches
+        maps(keras.applications.resnet50.preprocess_input(batch.astype("float32")), training=True)
+
+
+def fold_batchnorm(maps):
+    """The same function with each BatchNorm, now constant, folded into the convolution before it: a quarter less time.
+
+    Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference", CVPR 2018, section 3.2.
+    """
+    is_batchnorm = lambda layer: isinstance(layer, layers.BatchNormalization)
+    skip = lambda layer, x, **options: x if is_batchnorm(layer) else layer(x, **options)
+    folded = keras.models.clone_model(maps, call_function=skip)
+    for batchnorm in filter(is_batchnorm, maps.layers):
+        convolution = batchnorm.name.removesuffix("bn") + "conv"
+        kernel, bias = maps.get_layer(convolution).get_weights()
+        gamma, beta, mean, variance = batchnorm.get_weights()
+        gain = gamma / np.sqrt(variance + batchnorm.epsilon)
+        folded.get_layer(convolution).set_weights([kernel * gain, (bias - mean) * gain + beta])
+    return folded
+
+
+def build_backbone(maps, grids):
     """ResNet50 read out: a frame (H, W, 3) uint8 -> features (F,).
 
-    Each layer of read_out is averaged over its grid, so that features tell where people are, which
+    Each output of maps is averaged over its grid, so that features tell where people are, which
     perspective needs. With FOREGROUND it is averaged again with every position weighted by how far
     the finest layer is from its value in the empty scene, so that people are told from furniture;
     that weight, averaged over a grid of its own, is the last view: the share of each cell that is covered.
     """
-    maps = keras.Model(resnet.input, [resnet.get_layer(name).output for name in read_out], name="resnet50")
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
     stages = maps(keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32")))
     stages = list(stages) if isinstance(stages, (list, tuple)) else [stages]  # each (h, w, C)
-    views = list(zip(stages, read_out.values()))
+    views = list(zip(stages, grids))
     if FOREGROUND:
         background = layers.Normalization(axis=(1, 2, 3), name="background")
         distance = ops.sqrt(ops.mean(ops.square(background(stages[0])), axis=-1, keepdims=True))
@@ -434,32 +460,20 @@ def build_backbone(resnet, read_out):
     return keras.Model(frame, layers.Concatenate(name="features")(pooled), name="backbone")
 
 
-def fit_backbone(backbone, frames, random_weights):
-    """Fits the backbone's statistics to a sample of training frames (M, H, W, 3) uint8.
-
-    Random weights need the BatchNorm statistics of real activations, or deep layers carry no signal.
-    """
-    batches = np.array_split(frames, -(-len(frames) // 4))
-    some = batches[:: -(-len(batches) // 4)]  # some 16 frames tell what is usual
+def fit_background(backbone, frames, batches):
+    """Fits the empty scene to the median of frames (M, H, W, 3), and the usual distance from it to batches of them."""
     resnet, preprocess = backbone.get_layer("resnet50"), keras.applications.resnet50.preprocess_input
-    if random_weights:
-        for done, batch in enumerate(some):
-            for layer in resnet.layers:
-                if isinstance(layer, layers.BatchNormalization):
-                    layer.momentum = done / (done + 1)  # the plain mean over the batches
-            resnet(preprocess(batch.astype("float32")), training=True)
-    if FOREGROUND:
-        background = backbone.get_layer("background")
-        finest = keras.Model(resnet.input, resnet.outputs[0])
-        maps = lambda batch: ops.convert_to_numpy(finest(preprocess(batch.astype("float32")), training=False))
-        empty = maps(np.median(frames, axis=0)[None].astype("uint8"))[0]  # (h, w, C)
-        square = [np.square(maps(batch) - empty).mean(axis=(0, 1, 2)) for batch in some]
-        usual = np.sqrt(np.mean(square, axis=0))  # (C,): channels weigh alike in the distance
-        set_statistics(background, empty, np.broadcast_to(np.maximum(usual, usual.mean() / 10), empty.shape))
+    finest = keras.Model(resnet.input, resnet.outputs[0])
+    maps = lambda batch: ops.convert_to_numpy(finest(preprocess(batch.astype("float32")), training=False))
+    median = np.stack([np.median(row, axis=0) for row in frames.swapaxes(0, 1)])  # by rows: twice as fast as at once
+    empty = maps(median[None].astype("uint8"))[0]  # (h, w, C)
+    square = [np.square(maps(batch) - empty).mean(axis=(0, 1, 2)) for batch in batches]
+    usual = np.sqrt(np.mean(square, axis=0))  # (C,): channels weigh alike in the distance
+    set_statistics(backbone.get_layer("background"), empty, np.broadcast_to(np.maximum(usual, usual.mean() / 10), empty.shape))
 
 
-def prepare_backbone(frames, split):
-    """The backbone, fitted to an even sample of the first split frames: (backbone, its read-out, what its weights are)."""
+def prepare_backbone(frames, train):
+    """The backbone, fitted to an even sample of the training rows of frames: (backbone, its read-out, what its weights are)."""
     resnet, weights, random_weights = load_resnet50()
     read_out = READ_OUT_RANDOM if random_weights else READ_OUT
     unknown = sorted(set(read_out) - {layer.name for layer in resnet.layers})
@@ -468,8 +482,15 @@ def prepare_backbone(frames, split):
             f"READ_OUT{'_RANDOM' * random_weights}: ResNet50 has no layer {first_few(unknown)}; "
             "load_resnet50()[0].summary() lists them"
         )
-    backbone = build_backbone(resnet, read_out)
-    fit_backbone(backbone, frames[np.unique(np.linspace(0, split - 1, CALIBRATION_FRAMES).astype(int))], random_weights)
+    maps = keras.Model(resnet.input, [resnet.get_layer(name).output for name in read_out], name="resnet50")
+    sample = frames[train[np.unique(np.linspace(0, len(train) - 1, CALIBRATION_FRAMES).astype(int))]]  # (M, H, W, 3)
+    batches = np.array_split(sample, -(-len(sample) // 4))
+    batches = batches[:: -(-len(batches) // 4)]  # some 16 frames tell what is usual
+    if random_weights:
+        calibrate(maps, batches)
+    backbone = build_backbone(fold_batchnorm(maps), read_out.values())
+    if FOREGROUND:
+        fit_background(backbone, sample, batches)
     return backbone, read_out, weights
 
 
@@ -867,7 +888,7 @@ def main():
 
     outputs = at(OUTPUTS)
     with only_run(outputs):
-        backbone, read_out, weights = prepare_backbone(frames, split)
+        backbone, read_out, weights = prepare_backbone(frames, np.arange(split))
         phases["fit backbone"] = time.perf_counter()
 
         depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, read_out, inspect.getsource(build_backbone), *backbone.get_weights())

@@ -54,15 +54,14 @@ def folds(scheme, frames):
 def fold_features(frames, train, cache):
     """(features of all frames (N, F), size of each view) from a random backbone fitted to the training rows."""
     key = ts.fingerprint(train, ts.READ_OUT_RANDOM, ts.SEED, ts.FOREGROUND, ts.FRAME_SIZE)
-    backbone = ts.build_backbone(ts.load_resnet50()[0], ts.READ_OUT_RANDOM)
-    path = cache / f"{key}.float32"
-    if not path.exists():
-        even = np.unique(np.linspace(0, len(train) - 1, ts.CALIBRATION_FRAMES).astype(int))
-        ts.fit_backbone(backbone, frames[train[even]], random_weights=True)
-    return ts.extract_features(backbone, frames, path), [view.shape[-1] for view in backbone.get_layer("features").input]
+    if key not in cache:
+        backbone, *_ = ts.prepare_backbone(frames, train)
+        path = Path(tempfile.mkdtemp(dir=cache["folder"])) / "features.float32"
+        cache[key] = ts.extract_features(backbone, frames, path), [view.shape[-1] for view in backbone.get_layer("features").input]
+    return cache[key]
 
 
-def predict_fold(row, features, views, windows, counts, train, validate, cache):
+def predict_fold(row, features, views, windows, counts, train, validate, folder):
     """Counts of the validation rows by a read-out and a head trained on the training rows."""
     if row.get("views") == "joined":
         views = [sum(views)]
@@ -76,7 +75,7 @@ def predict_fold(row, features, views, windows, counts, train, validate, cache):
         return estimates[validate, 0] * counts[train].std() + counts[train].mean()
     ts.keras.utils.set_random_seed(ts.SEED)
     head = ts.build_head(counts[train])
-    checkpoint = cache / "checkpoint.npz"
+    checkpoint = folder / "checkpoint.npz"
     checkpoint.unlink(missing_ok=True)
     ts.train(head, ts.WindowSequence(estimates, windows[train], counts[train], shuffle=True), None, checkpoint)
     return head.predict(ts.WindowSequence(estimates, windows[validate], counts[validate]), verbose=0)[:, 0]
@@ -97,6 +96,7 @@ def main():
     print("| change | " + " | ".join(f"{scheme}: MAE | MSE" for scheme in options.schemes) + " |")
     print("|---|" + "---|---|" * len(options.schemes))
     with tempfile.TemporaryDirectory() as folder:
+        cache = {"folder": folder}
         for name in options.rows:
             row, cells = ROWS[name], []
             for scheme in options.schemes:
@@ -109,7 +109,7 @@ def main():
                     predicted = np.empty(len(counts))
                     with contextlib.redirect_stdout(io.StringIO()):
                         for train, validate in folds(scheme, len(counts)):
-                            features, views = fold_features(frames, train, Path(folder))
+                            features, views = fold_features(frames, train, cache)
                             predicted[validate] = predict_fold(row, features, views, windows, counts, train, validate, Path(folder))
                     scores.append([np.abs(predicted - counts).mean(), np.square(predicted - counts).mean()])
                 mean, deviation = np.mean(scores, axis=0), np.std(scores, axis=0)

@@ -22,9 +22,8 @@ def parts(video, constants):
     labels = ts.read_labels(video / "labels.csv")
     paths, _ = ts.find_frames(labels.index)
     frames = ts.Frames(paths, ts.FRAME_SIZE)
-    keras.utils.set_random_seed(0)
-    backbone = ts.build_backbone(ts.load_resnet50()[0], ts.READ_OUT_RANDOM)
-    ts.fit_backbone(backbone, frames[np.arange(8)], random_weights=True)
+    constants(CALIBRATION_FRAMES=8)
+    backbone, *_ = ts.prepare_backbone(frames, np.arange(8))
     features = ts.extract_features(backbone, frames, video / "features-0.float32")
     return frames, ts.make_windows(labels.index.to_numpy(), ts.SEQUENCE_LENGTH), labels.to_numpy(), backbone, features
 
@@ -148,7 +147,7 @@ def test_calibration_gives_random_weights_activations_of_even_size(parts, consta
     frames, *_, backbone, _ = parts
     pixels = keras.applications.resnet50.preprocess_input(frames[np.arange(8)].astype("float32"))
     resnet = backbone.get_layer("resnet50")
-    normalised = keras.Model(resnet.input, resnet.get_layer("conv2_block1_3_bn").output).predict(pixels, verbose=0)
+    normalised = keras.Model(resnet.input, resnet.get_layer("conv2_block1_3_conv").output).predict(pixels, verbose=0)
     assert abs(normalised.mean()) < 0.1 and 0.7 < normalised.std() < 1.3
 
 
@@ -172,9 +171,8 @@ def test_the_foreground_is_where_people_are(parts, video):
 def test_the_grid_tells_where(parts, constants):
     """A person on the left changes features of the left columns alone."""
     frames, *_, backbone, _ = parts
-    constants(FOREGROUND=None)
-    keras.utils.set_random_seed(0)
-    backbone = ts.build_backbone(ts.load_resnet50()[0], {"conv1_relu": (3, 4)})
+    constants(FOREGROUND=None, READ_OUT_RANDOM={"conv1_relu": (3, 4)})
+    backbone, *_ = ts.prepare_backbone(frames, np.arange(8))
     empty = np.zeros((48, 64, 3), "uint8")
     left = empty.copy()
     left[10:20, 2:6] = 255
@@ -183,9 +181,28 @@ def test_the_grid_tells_where(parts, constants):
 
 
 def test_the_published_read_out_is_one_edit_away(parts, constants):
-    constants(FRAME_SIZE=(224, 224), FOREGROUND=None)
-    backbone = ts.build_backbone(ts.load_resnet50()[0], {"conv5_block3_out": (1, 1)})
+    """The average-pooled output of Keras's own ResNet50, BatchNorm and all."""
+    constants(FRAME_SIZE=(224, 224), FOREGROUND=None, READ_OUT_RANDOM={"conv5_block3_out": (1, 1)})
+    frames = ts.Frames(parts[0].paths, ts.FRAME_SIZE)
+    rng = np.random.default_rng(0)
+    build = ts.load_resnet50
+
+    def trained():
+        resnet, *rest = build()
+        for layer in resnet.layers:
+            if isinstance(layer, keras.layers.BatchNormalization):
+                layer.set_weights([rng.uniform(0.5, 1.5, weights.shape) for weights in layer.get_weights()])
+        trained.resnet = resnet
+        return resnet, *rest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ts, "load_resnet50", trained)
+        patch.setattr(ts, "calibrate", lambda *_: None)
+        backbone, *_ = ts.prepare_backbone(frames, np.arange(8))
+    pixels = frames[np.arange(2)]
+    expected = trained.resnet.predict(keras.applications.resnet50.preprocess_input(pixels.astype("float32")), verbose=0).mean(axis=(1, 2))
     assert backbone.output_shape == (None, 2048)
+    np.testing.assert_allclose(backbone.predict(pixels, verbose=0), expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 @pytest.fixture(scope="module")
