@@ -105,6 +105,14 @@ EPOCHS = 50  # passes over the training windows; fewer for a quick look
 LEARNING_RATE = 5e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss jumps
 SEED = 0  # another seed, another model: publish mean and deviation over several
 
+# -- Fine-tuning: then ResNet50 itself is trained too, end to end; on a GPU, a CPU takes hours -------
+FINE_TUNE_EPOCHS = 0  # e.g. 20
+FINE_TUNE_FROM = "conv1"  # first stage of ResNet50 to train, up to what is read; "conv4" leaves conv1 to conv3 as they are
+FINE_TUNE_RATE = 1e-5  # falls to 0 like LEARNING_RATE
+RUN_LENGTH = 8  # consecutive windows that share their frames in a step: 8 windows of 5 are 12 frames, not 40
+RUN_BATCH = 2  # runs in a step of each device; 1 where memory is short: 6 GB for 12 frames of 480x640 through READ_OUT
+FINE_TUNE_DTYPE = "mixed_bfloat16"  # of ResNet50 on a GPU; "float32" for those before 2020 (NVIDIA Ampere), and on a CPU
+
 # -- Evaluation and use ----------------------------------------------------------------------------
 TOLERANCE = 0.20  # a count within this share of the truth is accurate
 COUNT = None  # a folder of new frames to count with the model in OUTPUTS, instead of training
@@ -135,11 +143,12 @@ def check_constants():
         "TRAIN_FRACTION": (lambda value: 0 < value < 1, "a number between 0 and 1, both excluded"),
         "FOREGROUND": (lambda value: value is None or grids({"": value}), "(rows, columns) of a grid of 1 x 1 or more, or None"),
         "READ_OUT READ_OUT_RANDOM": (grids, "{ResNet50 layer: (rows, columns) of a grid of 1 x 1 or more, ...}"),
-        "SEQUENCE_LENGTH FRAME_BATCH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS": (whole(1), "a whole number, 1 or more"),
+        "SEQUENCE_LENGTH FRAME_BATCH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS RUN_LENGTH RUN_BATCH": (whole(1), "a whole number, 1 or more"),
         "PENALTIES": (lambda value: min(value) > 0, "a list of numbers above 0"),
-        "LEARNING_RATE": (lambda value: value > 0, "a number above 0"),
+        "LEARNING_RATE FINE_TUNE_RATE": (lambda value: value > 0, "a number above 0"),
         "ESTIMATE_NOISE TOLERANCE": (lambda value: value >= 0, "a number, 0 or more"),
-        "SEED": (whole(0), "a whole number, 0 or more"),
+        "SEED FINE_TUNE_EPOCHS": (whole(0), "a whole number, 0 or more"),
+        "FINE_TUNE_DTYPE": (lambda value: value in ("float32", "mixed_bfloat16"), '"float32" or "mixed_bfloat16"'),
     }
     for names, (fine, remedy) in in_range.items():
         for name in names.split():
@@ -340,27 +349,27 @@ def make_windows(ids, length):
 
 
 class WindowSequence(keras.utils.Sequence):
-    """Feeds windows (batch, T, ...) and counts (batch, 1) to fit, evaluate and predict.
+    """Feeds windows (batch, T, ...) and their counts (batch, 1) to fit, evaluate and predict.
 
-    source: anything indexed by rows, Frames or the estimates of the counts (N, 1).
+    source: anything indexed by rows: Frames, frames (N, H, W, 3) or estimates of the counts (N, 1).
     windows: (M, T) row numbers, from make_windows.
-    counts: (M,) people in the last frame of each window.
+    counts: (M, 1) people in the last frame of each window; (M, L) of the last L frames, where windows are runs.
     shuffle: draws a new order for each epoch, the same for the same SEED and epoch.
     """
 
-    def __init__(self, source, windows, counts, shuffle=False):
+    def __init__(self, source, windows, counts, batch_size, shuffle=False):
         super().__init__()
-        self.source, self.windows, self.counts = source, windows, counts
+        self.source, self.windows, self.counts, self.batch_size = source, windows, counts, batch_size
         self.shuffle, self.epoch = shuffle, 0
         self.on_epoch_end(epochs=0)
 
     def __len__(self):
-        return -(-len(self.windows) // BATCH_SIZE)  # rounded up: the last, partial batch counts
+        return -(-len(self.windows) // self.batch_size)  # rounded up: the last, partial batch counts
 
     def __getitem__(self, batch):
-        chosen = self.order[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE]
+        chosen = self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
         rows, where = np.unique(self.windows[chosen], return_inverse=True)  # shared frames: read once
-        return self.source[rows][where.reshape(len(chosen), -1)], self.counts[chosen, None]
+        return self.source[rows][where.reshape(len(chosen), -1)], self.counts[chosen]
 
     def on_epoch_end(self, epochs=1):
         self.epoch += epochs
@@ -447,7 +456,8 @@ def build_backbone(maps, grids):
     views = list(zip(stages, grids))
     if FOREGROUND:
         background = layers.Normalization(axis=(1, 2, 3), name="background")
-        distance = ops.sqrt(ops.mean(ops.square(background(stages[0])), axis=-1, keepdims=True))
+        square = ops.mean(ops.square(background(stages[0])), axis=-1, keepdims=True)
+        distance = ops.sqrt(square + 1e-12)  # a root's gradient at 0 is infinite
         foreground = ops.sigmoid(6.0 * (distance - 0.8))  # (h, w, 1); 0.8 of the usual distance: by blocked validation
         for stage, grid in list(views):
             coarser = layers.AveragePooling2D(2 ** round(np.log2(stages[0].shape[1] / stage.shape[1])), padding="same")
@@ -483,6 +493,8 @@ def prepare_backbone(frames, train):
             "load_resnet50()[0].summary() lists them"
         )
     maps = keras.Model(resnet.input, [resnet.get_layer(name).output for name in read_out], name="resnet50")
+    if not any(layer.name.startswith(FINE_TUNE_FROM) for layer in maps.layers):
+        raise InputError(f"FINE_TUNE_FROM = {FINE_TUNE_FROM!r}: no layer up to {list(read_out)[-1]} is called so; make it conv1, conv2, ...")
     sample = frames[train[np.unique(np.linspace(0, len(train) - 1, CALIBRATION_FRAMES).astype(int))]]  # (M, H, W, 3)
     batches = np.array_split(sample, -(-len(sample) // 4))
     batches = batches[:: -(-len(batches) // 4)]  # some 16 frames tell what is usual
@@ -607,25 +619,40 @@ def predict_each(model, source, first=0):
             progress.update(start + len(batch))
 
 
-def extract_features(backbone, frames, path):
-    """Runs each frame through the backbone once: memory-mapped features (N, F) float32.
+def store(path, dtype, shape, batches):
+    """Writes the rows that batches(first) yields, from row first on, to a file: memory-mapped array of that shape.
 
-    They are appended to path + ".part", renamed when complete, so that an interrupted extraction
-    goes on with the batch it was at.
+    They are appended to path + ".part", renamed when complete, so that interrupted work goes on with the batch it was at.
     """
-    width = backbone.output_shape[-1]
     if not path.exists():
-        part = path.with_suffix(".part")
+        part, row_bytes = path.with_suffix(".part"), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
         with part.open("ab") as file:
-            done = file.tell() // (FRAME_BATCH * width * 4) * FRAME_BATCH  # whole batches
-            file.truncate(done * width * 4)
-            print(f"Extracting {width} features from each of {len(frames)} frames" + f", from frame {done}" * (done > 0))
-            for features in predict_each(backbone, frames, done):
-                file.write(features.tobytes())
+            done = file.tell() // (FRAME_BATCH * row_bytes) * FRAME_BATCH  # whole batches
+            file.truncate(done * row_bytes)
+            for rows in batches(done):
+                file.write(rows.tobytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    return np.memmap(path, "float32", "r", shape=(len(frames), width))
+    return np.memmap(path, dtype, "r", shape=shape)
+
+
+def extract_features(backbone, frames, path):
+    """Runs each frame through the backbone once: memory-mapped features (N, F) float32."""
+
+    def extract(done):
+        print(f"Extracting {width} features from each of {len(frames)} frames" + f", from frame {done}" * (done > 0))
+        return predict_each(backbone, frames, done)
+
+    width = backbone.output_shape[-1]
+    return store(path, "float32", (len(frames), width), extract)
+
+
+def store_frames(frames, path):
+    """Decodes each frame once: memory-mapped frames (N, H, W, 3) uint8."""
+    drop_files(path.parent, "frames-*", path.stem)
+    decode = lambda done: (frames[start : start + FRAME_BATCH] for start in range(done, len(frames), FRAME_BATCH))
+    return store(path, "uint8", (len(frames), *FRAME_SIZE, 3), decode)
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -651,12 +678,12 @@ class Checkpoint(keras.callbacks.Callback):
         publish(self.path.parent, {self.path.name: lambda path: np.savez(path, *state)})
 
 
-def train(model, training, validation, path):
-    """Trains for EPOCHS epochs, going on from the checkpoint at path; returns the history table.
+def train(model, training, validation, path, epochs, learning_rate):
+    """Trains for that many epochs, going on from the checkpoint at path; returns the history table.
 
     Validation frames are watched, never used: no early stopping, no best epoch, a fixed schedule.
     """
-    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
+    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * len(training))
     optimizer = keras.optimizers.Adam(schedule)
     model.compile(optimizer, loss="mse", metrics=["mae"])  # Keras leaves XLA out on a CPU, where it is 10 x slower
     optimizer.build(model.trainable_variables)
@@ -668,17 +695,88 @@ def train(model, training, validation, path):
         training.on_epoch_end(epochs=done)
         rows = log.read_text().splitlines(keepends=True)[: done + 1]  # a killed run may have logged more
         publish(log.parent, {log.name: lambda new: new.write_text("".join(rows))})
-        print(f"Going on after epoch {done} of {EPOCHS}.")
+        print(f"Going on after epoch {done} of {epochs}.")
     model.fit(
         training,
         validation_data=validation,
-        epochs=EPOCHS,
+        epochs=epochs,
         initial_epoch=done,
         callbacks=[keras.callbacks.CSVLogger(log, append=done > 0), checkpoint],
         shuffle=False,  # the Sequence shuffles; Keras would deal its batches by a state that no resumed run has
         verbose=1 if sys.stdout.isatty() else 2,
     )
     return pd.read_csv(log)
+
+
+def make_runs(ids, counts, rows, batch):
+    """Runs of RUN_LENGTH consecutive windows: row numbers of their frames (M, RUN_LENGTH + T - 1), counts (M, RUN_LENGTH).
+
+    A run is a longer window, with a count for each of its last frames. Each of rows is the last frame of a window in
+    some run; a few are in two, where gaps or the end of rows leave less than a run, or runs less than a batch: every
+    device needs its share.
+    """
+    unbroken = np.split(rows, np.flatnonzero(np.diff(ids[rows]) != 1) + 1)
+    ends = np.unique(np.concatenate([np.append(part[RUN_LENGTH - 1 :: RUN_LENGTH], part[-1]) for part in unbroken]))
+    ends = np.resize(ends, -(-len(ends) // batch) * batch)  # filled up by repetition
+    return make_windows(ids, RUN_LENGTH + SEQUENCE_LENGTH - 1)[ends], counts[make_windows(ids, RUN_LENGTH)[ends]]
+
+
+def build_run_model(model):
+    """The layers of model over runs (RUN_LENGTH + T - 1, H, W, 3) -> counts (RUN_LENGTH,): each frame passes ResNet50 once."""
+    per_frame, head = model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
+    runs = keras.Input((RUN_LENGTH + SEQUENCE_LENGTH - 1, *FRAME_SIZE, 3), dtype="uint8", name="runs")
+    estimates = per_frame(ops.reshape(runs, (-1, *FRAME_SIZE, 3)))  # (batch * frames, 1)
+    estimates = ops.reshape(estimates, (-1, runs.shape[1], 1))
+    windows = ops.stack([estimates[:, start : start + SEQUENCE_LENGTH] for start in range(RUN_LENGTH)], axis=1)
+    counts = head(ops.reshape(windows, (-1, SEQUENCE_LENGTH, 1)))  # (batch * RUN_LENGTH, 1)
+    return keras.Model(runs, ops.reshape(counts, (-1, RUN_LENGTH)), name="runs")
+
+
+def data_parallel(devices):
+    """The scope in which Keras deals every batch out to these devices."""
+    if len(devices) < 2:
+        return contextlib.nullcontext()
+    if keras.backend.backend() == "tensorflow":  # which keras.distribution does not know yet
+        import tensorflow as tf
+
+        return tf.distribute.MirroredStrategy(devices).scope()
+    return keras.distribution.DataParallel(devices=devices).scope()
+
+
+def fine_tune(model, frames, ids, counts, split, path):
+    """Trains the whole network on runs of frames (N, H, W, 3) uint8, on all devices; returns the history table.
+
+    A copy is trained, under the devices' scope and in their precision; its weights are then the model's.
+    """
+    devices = [] if keras.backend.backend() == "torch" else keras.distribution.list_devices()  # PyTorch: one, its own choice
+    keras.utils.set_random_seed(SEED)
+    with data_parallel(devices):
+        copy = keras.models.clone_model(model)
+        copy.set_weights(model.get_weights())
+        per_frame = copy.get_layer("time_distributed_resnet50").layer
+        per_frame.trainable = True
+        for layer in (*per_frame.layers, *per_frame.get_layer("read_out").layers):
+            if isinstance(layer, layers.Normalization):
+                layer.finalize_state()  # set_weights alone leaves its statistics as they were
+        resnet = per_frame.get_layer("resnet50").layers
+        first = next(number for number, layer in enumerate(resnet) if layer.name.startswith(FINE_TUNE_FROM))
+        for number, layer in enumerate(resnet):
+            layer.trainable = number >= first
+            layer.dtype_policy = FINE_TUNE_DTYPE if "gpu" in "".join(devices) else "float32"
+
+        batch = RUN_BATCH * max(len(devices), 1)
+        training = WindowSequence(frames, *make_runs(ids, counts, np.arange(split), batch), batch, shuffle=True)
+        validation = WindowSequence(frames, *make_runs(ids, counts, np.arange(split, len(ids)), batch), batch)
+        runs = build_run_model(copy)
+        inputs, _ = training[0]
+        runs.predict_on_batch(inputs)  # traced
+        start = time.perf_counter()
+        runs.predict_on_batch(inputs)
+        steps = FINE_TUNE_EPOCHS * (3 * len(training) + len(validation))  # the way back costs twice the way there
+        print(f"Fine-tuning from {FINE_TUNE_FROM}: some {steps * (time.perf_counter() - start) / 60:.1f} minutes.")
+        history = train(runs, training, validation, path, FINE_TUNE_EPOCHS, FINE_TUNE_RATE)
+    model.set_weights(copy.get_weights())
+    return history
 
 
 # == Evaluation ====================================================================================
@@ -907,17 +1005,27 @@ def main():
         head = build_head(counts[:split])
         model = build_model(backbone, readout, head)
         source, trained = (estimates, head) if CACHE_FEATURES else (frames, model)
-        windows = make_windows(labels.index.to_numpy(), SEQUENCE_LENGTH)  # (N, T)
-        training = WindowSequence(source, windows[:split], counts[:split], shuffle=True)
-        validation = WindowSequence(source, windows[split:], counts[split:])
+        ids = labels.index.to_numpy()
+        windows, targets = make_windows(ids, SEQUENCE_LENGTH), counts[:, None]  # (N, T), (N, 1)
+        training = WindowSequence(source, windows[:split], targets[:split], BATCH_SIZE, shuffle=True)
+        validation = WindowSequence(source, windows[split:], targets[split:], BATCH_SIZE)
         settings = (ESTIMATE_NOISE, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, CACHE_FEATURES)
         name = f"checkpoint-{fingerprint(cache.name, counts, estimates, windows, split, *settings)}"
         if drop_files(outputs, "checkpoint-*", name):
             print("The unfinished run here had other constants or labels: training starts afresh.")
-        history = train(trained, training, validation, outputs / f"{name}.npz")
+        history = train(trained, training, validation, outputs / f"{name}.npz", EPOCHS, LEARNING_RATE)
         phases["train"] = time.perf_counter()
 
-        predicted = trained.predict(WindowSequence(source, windows, counts), verbose=0)[:, 0]
+        if FINE_TUNE_EPOCHS:
+            stored = store_frames(frames, outputs / f"frames-{fingerprint(digest, FRAME_SIZE)}.uint8")  # (N, H, W, 3)
+            settings = (FINE_TUNE_EPOCHS, FINE_TUNE_FROM, FINE_TUNE_RATE, RUN_LENGTH, RUN_BATCH, FINE_TUNE_DTYPE)
+            tuned = fine_tune(model, stored, ids, counts, split, outputs / f"{name}-{fingerprint(*settings)}.npz")
+            history = pd.concat([history, tuned.assign(epoch=tuned["epoch"] + EPOCHS)])
+            per_frame = model.get_layer("time_distributed_resnet50").layer
+            source, trained = np.concatenate(list(predict_each(per_frame, stored))), head
+            phases["fine-tune"] = time.perf_counter()
+
+        predicted = trained.predict(WindowSequence(source, windows, targets, BATCH_SIZE), verbose=0)[:, 0]
         table = pd.DataFrame({"id": labels.index, "split": "train", "true": counts.astype(int), "predicted": predicted})
         table.loc[split:, "split"] = "validation"
         save_results(outputs, model, history, table, paths, weights, phases)

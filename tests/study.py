@@ -77,8 +77,8 @@ def predict_fold(row, features, views, windows, counts, train, validate, folder)
     head = ts.build_head(counts[train])
     checkpoint = folder / "checkpoint.npz"
     checkpoint.unlink(missing_ok=True)
-    ts.train(head, ts.WindowSequence(estimates, windows[train], counts[train], shuffle=True), None, checkpoint)
-    return head.predict(ts.WindowSequence(estimates, windows[validate], counts[validate]), verbose=0)[:, 0]
+    ts.train(head, ts.WindowSequence(estimates, windows[train], counts[train, None], ts.BATCH_SIZE, shuffle=True), None, checkpoint, ts.EPOCHS, ts.LEARNING_RATE)
+    return head.predict(ts.WindowSequence(estimates, windows[validate], counts[validate, None], ts.BATCH_SIZE), verbose=0)[:, 0]
 
 
 def main():

@@ -36,7 +36,7 @@ def sequence(monkeypatch):
     monkeypatch.setattr(ts, "BATCH_SIZE", 4)
     source = np.arange(10.0)[:, None] * [1, 10]  # feature values tell their row
     windows = ts.make_windows(np.arange(10), 3)
-    return lambda **options: ts.WindowSequence(source, windows, np.arange(10) + 100.0, **options)
+    return lambda **options: ts.WindowSequence(source, windows, np.arange(10)[:, None] + 100.0, ts.BATCH_SIZE, **options)
 
 
 def read(sequence):

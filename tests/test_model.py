@@ -63,9 +63,9 @@ def test_training_on_frames_and_on_estimates_gives_the_same_head(parts, tmp_path
         head = new_head(counts[:16])
         start = head.get_weights()
         model = head if source is estimates else ts.build_model(backbone, readout, head)
-        training = ts.WindowSequence(source, windows[:16], counts[:16], shuffle=True)
-        validation = ts.WindowSequence(source, windows[16:], counts[16:])
-        ts.train(model, training, validation, tmp_path / f"checkpoint-{len(weights)}.npz")
+        training = ts.WindowSequence(source, windows[:16], counts[:16, None], ts.BATCH_SIZE, shuffle=True)
+        validation = ts.WindowSequence(source, windows[16:], counts[16:, None], ts.BATCH_SIZE)
+        ts.train(model, training, validation, tmp_path / f"checkpoint-{len(weights)}.npz", ts.EPOCHS, ts.LEARNING_RATE)
         weights.append(head.get_weights())
     moved = [np.abs(a - b).max() for a, b in zip(start, weights[0])]
     assert max(moved) > 1e-2, "the head has learned something"
@@ -122,15 +122,16 @@ def test_every_view_weighs_alike(parts):
     assert variance[:36].sum() == pytest.approx(0.5, rel=1e-3) and variance[36:].sum() == pytest.approx(0.5, rel=1e-3)
 
 
-def test_the_head_is_fitted_to_training_frames_only(run, video, monkeypatch):
+@pytest.mark.parametrize("fine_tune", [0, 1])
+def test_nothing_is_fitted_to_validation_frames(run, video, fine_tune):
     """Other validation frames and counts leave the predictions of training frames as they were."""
-    _, before = run(EPOCHS=3)
+    _, before = run(EPOCHS=3, FINE_TUNE_EPOCHS=fine_tune)
     (video / "labels.csv").write_text(
         "id,count\n" + "".join(f"{i},{c if i <= 16 else 90 - c}\n" for i, c in zip(before["id"], before["true"]))
     )
     for frame in (17, 18, 19, 20):
         (video / f"frames/frames/seq_{frame:06d}.jpg").write_bytes((video / "frames/frames/seq_000001.jpg").read_bytes())
-    _, after = run(EPOCHS=3)
+    _, after = run(EPOCHS=3, FINE_TUNE_EPOCHS=fine_tune)
     train = before["split"] == "train"
     assert train.sum() == 16
     assert (before["predicted"] == after["predicted"])[train].all()
