@@ -30,6 +30,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 try:
@@ -111,7 +112,7 @@ FINE_TUNE_FROM = "conv1"  # first stage of ResNet50 to train, up to what is read
 FINE_TUNE_RATE = 1e-5  # falls to 0 like LEARNING_RATE
 RUN_LENGTH = 8  # consecutive windows that share their frames in a step: 8 windows of 5 are 12 frames, not 40
 RUN_BATCH = 2  # runs in a step of each device; 1 where memory is short: 6 GB for 12 frames of 480x640 through READ_OUT
-FINE_TUNE_DTYPE = "mixed_bfloat16"  # of ResNet50 on a GPU; "float32" for those before 2020 (NVIDIA Ampere), and on a CPU
+FINE_TUNE_DTYPE = "mixed_bfloat16"  # of ResNet50 on GPUs; "float32" for those before 2020 (NVIDIA Ampere), as on CPUs and with PyTorch
 
 # -- Evaluation and use ----------------------------------------------------------------------------
 TOLERANCE = 0.20  # a count within this share of the truth is accurate
@@ -148,6 +149,7 @@ def check_constants():
         "LEARNING_RATE FINE_TUNE_RATE": (lambda value: value > 0, "a number above 0"),
         "ESTIMATE_NOISE TOLERANCE": (lambda value: value >= 0, "a number, 0 or more"),
         "SEED FINE_TUNE_EPOCHS": (whole(0), "a whole number, 0 or more"),
+        "FINE_TUNE_FROM": (lambda value: value.startswith("conv"), '"conv1" to "conv5", a stage of ResNet50'),
         "FINE_TUNE_DTYPE": (lambda value: value in ("float32", "mixed_bfloat16"), '"float32" or "mixed_bfloat16"'),
     }
     for names, (fine, remedy) in in_range.items():
@@ -185,9 +187,10 @@ def publish(outputs, writers):
         os.replace(outputs / f".new-{name}", outputs / name)
 
 
-def drop_files(outputs, pattern, kept=None):
-    """Deletes the files of pattern but those whose names start with kept; returns how many."""
-    others = [path for path in outputs.glob(pattern) if path.is_file() and not (kept and path.name.startswith(kept))]
+def drop_files(outputs, kind, kept=()):
+    """Deletes "features-0123456789ab..." and the like, but those whose names start with kept; returns how many."""
+    ours = [path for path in outputs.glob(f"{kind}-{'[0-9a-f]' * 12}*") if path.is_file()]
+    others = [path for path in ours if not path.name.startswith(kept)]
     for path in others:
         path.unlink()
     return len(others)
@@ -251,8 +254,7 @@ def read_labels(path):
         if found.any():
             row, more = found.idxmax(), f" ({found.sum()} such rows)" if found.sum() > 1 else ""
             raise InputError(f"{path}, {row}: {column} {table.loc[row, column]!r} is {problem}{more}; correct or delete the row")
-    counts = pd.Series(numbers["count"].to_numpy(float), numbers["id"].astype(int).to_numpy(), name="count")
-    return counts.sort_index()
+    return numbers.astype({"id": int}).set_index("id")["count"].sort_index()
 
 
 def check_frame(path):
@@ -309,9 +311,9 @@ def find_frames(ids):
     return paths, hashlib.blake2b(b"".join(digests)).hexdigest()
 
 
-def first_few(items, most=5):
+def first_few(items):
     """'a, b, c, d, e, ...'"""
-    return ", ".join(map(str, items[:most])) + (", ..." if len(items) > most else "")
+    return ", ".join(map(str, items[:5])) + ", ..." * (len(items) > 5)
 
 
 def load_frame(path, size):
@@ -397,7 +399,7 @@ def load_resnet50():
             return build("imagenet"), "imagenet", False
         except Exception as error:  # Keras raises a bare Exception when the download fails
             print(
-                f"Warning: no ImageNet weights ({' '.join(str(error).split())}); going on with random ones. Download "
+                f"Warning: no ImageNet weights ({InputError(error)}); going on with random ones. Download "
                 "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5 elsewhere and set WEIGHTS to its path.",
                 file=sys.stderr,
             )
@@ -411,8 +413,9 @@ def load_resnet50():
 
 
 def set_statistics(normalization, mean, deviation):
-    """Sets a Normalization layer to known statistics: those of the two points mean -+ deviation."""
-    normalization.adapt(np.stack([mean - deviation, mean + deviation]).astype("float32"))
+    """Sets a Normalization layer to known statistics, as adapt() would from data."""
+    normalization.set_weights([mean, np.square(deviation), np.zeros(())])
+    normalization.finalize_state()
 
 
 def calibrate(maps, batches):
@@ -425,9 +428,9 @@ def calibrate(maps, batches):
 
 
 def fold_batchnorm(maps):
-    """The same function with each BatchNorm, now constant, folded into the convolution before it: a quarter less time.
+    """The same maps with each BatchNorm, now constant, folded into the convolution before it: a quarter less time.
 
-    Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
+    Only a layer *_conv, read on its own, comes out normalised. Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
     inference", CVPR 2018, section 3.2.
     """
     is_batchnorm = lambda layer: isinstance(layer, layers.BatchNormalization)
@@ -451,8 +454,7 @@ def build_backbone(maps, grids):
     that weight, averaged over a grid of its own, is the last view: the share of each cell that is covered.
     """
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    stages = maps(keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32")))
-    stages = list(stages) if isinstance(stages, (list, tuple)) else [stages]  # each (h, w, C)
+    stages = keras.tree.flatten(maps(keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32"))))  # each (h, w, C)
     views = list(zip(stages, grids))
     if FOREGROUND:
         background = layers.Normalization(axis=(1, 2, 3), name="background")
@@ -493,8 +495,8 @@ def prepare_backbone(frames, train):
             "load_resnet50()[0].summary() lists them"
         )
     maps = keras.Model(resnet.input, [resnet.get_layer(name).output for name in read_out], name="resnet50")
-    if not any(layer.name.startswith(FINE_TUNE_FROM) for layer in maps.layers):
-        raise InputError(f"FINE_TUNE_FROM = {FINE_TUNE_FROM!r}: no layer up to {list(read_out)[-1]} is called so; make it conv1, conv2, ...")
+    if FINE_TUNE_EPOCHS and not any(layer.name.startswith(FINE_TUNE_FROM) for layer in maps.layers):
+        raise InputError(f"FINE_TUNE_FROM = {FINE_TUNE_FROM!r}: ResNet50 is read up to {list(read_out)[-1]}; make it conv1, or read more")
     sample = frames[train[np.unique(np.linspace(0, len(train) - 1, CALIBRATION_FRAMES).astype(int))]]  # (M, H, W, 3)
     batches = np.array_split(sample, -(-len(sample) // 4))
     batches = batches[:: -(-len(batches) // 4)]  # some 16 frames tell what is usual
@@ -562,7 +564,8 @@ def build_readout(features, counts, views):
     scaler, n = StandardScaler(), len(counts)
     for start in range(0, n, 256):
         scaler.partial_fit(features[start : start + 256])
-    scale = scaler.scale_ * np.sqrt(np.repeat(views, views) * len(views))
+    sizes = np.repeat(views, views)  # for each feature, how many its view has
+    scale = scaler.scale_ * np.sqrt(sizes * len(views))  # a view's features have a variance of 1 / len(views) together
     target = (counts - counts.mean()) / max(counts.std(), 1.0)
     penalty = choose_penalty(features, target, scale)
     print(f"Ridge regression of the counts on the features, penalty {penalty:g}.")
@@ -622,7 +625,7 @@ def predict_each(model, source, first=0):
 def store(path, dtype, shape, batches):
     """Writes the rows that batches(first) yields, from row first on, to a file: memory-mapped array of that shape.
 
-    They are appended to path + ".part", renamed when complete, so that interrupted work goes on with the batch it was at.
+    They are appended to a .part file, renamed when complete, so that interrupted work goes on with the batch it was at.
     """
     if not path.exists():
         part, row_bytes = path.with_suffix(".part"), int(np.prod(shape[1:])) * np.dtype(dtype).itemsize
@@ -639,43 +642,44 @@ def store(path, dtype, shape, batches):
 
 def extract_features(backbone, frames, path):
     """Runs each frame through the backbone once: memory-mapped features (N, F) float32."""
+    width = backbone.output_shape[-1]
 
     def extract(done):
         print(f"Extracting {width} features from each of {len(frames)} frames" + f", from frame {done}" * (done > 0))
         return predict_each(backbone, frames, done)
 
-    width = backbone.output_shape[-1]
     return store(path, "float32", (len(frames), width), extract)
 
 
 def store_frames(frames, path):
     """Decodes each frame once: memory-mapped frames (N, H, W, 3) uint8."""
-    drop_files(path.parent, "frames-*", path.stem)
     decode = lambda done: (frames[start : start + FRAME_BATCH] for start in range(done, len(frames), FRAME_BATCH))
     return store(path, "uint8", (len(frames), *FRAME_SIZE, 3), decode)
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Keeps all that training has changed by the end of an epoch: weights, noise generators, optimizer, schedule.
+    """Keeps all that training has changed by the end of an epoch: weights, noise generators, optimizer, schedule, history.
 
     NumPy's archive instead of Keras's HDF5: on a full disk HDF5 may fail without an exception.
     """
 
     def __init__(self, path):
         super().__init__()
-        self.path = path
+        self.path, self.history = path, []
 
     def variables(self):
         return [*self.model.variables, *self.model.optimizer.variables]
 
     def load(self):
         with np.load(self.path, allow_pickle=False) as state:
-            for variable, name in zip(self.variables(), state.files):
-                variable.assign(state[name])
+            self.history = json.loads(str(state["history"]))
+            for number, variable in enumerate(self.variables()):
+                variable.assign(state[f"arr_{number}"])
 
     def on_epoch_end(self, epoch, logs=None):
+        self.history.append({"epoch": epoch, **logs})
         state = [ops.convert_to_numpy(variable) for variable in self.variables()]
-        publish(self.path.parent, {self.path.name: lambda path: np.savez(path, *state)})
+        publish(self.path.parent, {self.path.name: lambda path: np.savez(path, *state, history=json.dumps(self.history))})
 
 
 def train(model, training, validation, path, epochs, learning_rate):
@@ -687,38 +691,37 @@ def train(model, training, validation, path, epochs, learning_rate):
     optimizer = keras.optimizers.Adam(schedule)
     model.compile(optimizer, loss="mse", metrics=["mae"])  # Keras leaves XLA out on a CPU, where it is 10 x slower
     optimizer.build(model.trainable_variables)
-    checkpoint, log, done = Checkpoint(path), path.with_suffix(".csv"), 0
+    checkpoint = Checkpoint(path)
     if path.exists():
         checkpoint.set_model(model)
         checkpoint.load()
-        done = int(optimizer.iterations) // len(training)
-        training.on_epoch_end(epochs=done)
-        rows = log.read_text().splitlines(keepends=True)[: done + 1]  # a killed run may have logged more
-        publish(log.parent, {log.name: lambda new: new.write_text("".join(rows))})
-        print(f"Going on after epoch {done} of {epochs}.")
+        training.on_epoch_end(epochs=len(checkpoint.history))
+        print(f"Going on after epoch {len(checkpoint.history)} of {epochs}.")
     model.fit(
         training,
         validation_data=validation,
         epochs=epochs,
-        initial_epoch=done,
-        callbacks=[keras.callbacks.CSVLogger(log, append=done > 0), checkpoint],
+        initial_epoch=len(checkpoint.history),
+        callbacks=[checkpoint],
         shuffle=False,  # the Sequence shuffles; Keras would deal its batches by a state that no resumed run has
         verbose=1 if sys.stdout.isatty() else 2,
     )
-    return pd.read_csv(log)
+    return pd.DataFrame(checkpoint.history)
 
 
 def make_runs(ids, counts, rows, batch):
     """Runs of RUN_LENGTH consecutive windows: row numbers of their frames (M, RUN_LENGTH + T - 1), counts (M, RUN_LENGTH).
 
     A run is a longer window, with a count for each of its last frames. Each of rows is the last frame of a window in
-    some run; a few are in two, where gaps or the end of rows leave less than a run, or runs less than a batch: every
-    device needs its share.
+    some run; where gaps or the end of rows leave less than a run it reaches back to windows that others have too,
+    before the first of rows if need be. M is a multiple of batch: every device needs its share.
     """
     unbroken = np.split(rows, np.flatnonzero(np.diff(ids[rows]) != 1) + 1)
+    # For rows 0 to 18 and runs of 8, the last frames are 7, 15 and 18.
     ends = np.unique(np.concatenate([np.append(part[RUN_LENGTH - 1 :: RUN_LENGTH], part[-1]) for part in unbroken]))
     ends = np.resize(ends, -(-len(ends) // batch) * batch)  # filled up by repetition
-    return make_windows(ids, RUN_LENGTH + SEQUENCE_LENGTH - 1)[ends], counts[make_windows(ids, RUN_LENGTH)[ends]]
+    targets = counts[make_windows(ids, RUN_LENGTH)[ends]]
+    return make_windows(ids, RUN_LENGTH + SEQUENCE_LENGTH - 1)[ends], targets
 
 
 def build_run_model(model):
@@ -746,36 +749,32 @@ def data_parallel(devices):
 def fine_tune(model, frames, ids, counts, split, path):
     """Trains the whole network on runs of frames (N, H, W, 3) uint8, on all devices; returns the history table.
 
-    A copy is trained, under the devices' scope and in their precision; its weights are then the model's.
+    A copy is trained: its variables must be made inside the devices' scope, and the saved model stays float32.
     """
     devices = [] if keras.backend.backend() == "torch" else keras.distribution.list_devices()  # PyTorch: one, its own choice
+    batch = RUN_BATCH * max(len(devices), 1)
+    training = WindowSequence(frames, *make_runs(ids, counts, np.arange(split), batch), batch, shuffle=True)
+    validation = WindowSequence(frames, *make_runs(ids, counts, np.arange(split, len(ids)), batch), batch)
+
+    per_frame = model.get_layer("time_distributed_resnet50").layer
+    step = frames[: RUN_BATCH * training.windows.shape[1]]
+    per_frame.predict_on_batch(step)  # traced, so that the next call tells the time
+    start = time.perf_counter()
+    per_frame.predict_on_batch(step)
+    passes = 3 * len(training) + len(validation)  # the way back costs twice the way there
+    print(f"Fine-tuning from {FINE_TUNE_FROM}: some {passes * (time.perf_counter() - start) / 60:.1f} minutes an epoch.")
+
     keras.utils.set_random_seed(SEED)
     with data_parallel(devices):
-        copy = keras.models.clone_model(model)
-        copy.set_weights(model.get_weights())
-        per_frame = copy.get_layer("time_distributed_resnet50").layer
+        tuned = deepcopy(model)
+        per_frame = tuned.get_layer("time_distributed_resnet50").layer
         per_frame.trainable = True
-        for layer in (*per_frame.layers, *per_frame.get_layer("read_out").layers):
-            if isinstance(layer, layers.Normalization):
-                layer.finalize_state()  # set_weights alone leaves its statistics as they were
-        resnet = per_frame.get_layer("resnet50").layers
-        first = next(number for number, layer in enumerate(resnet) if layer.name.startswith(FINE_TUNE_FROM))
-        for number, layer in enumerate(resnet):
-            layer.trainable = number >= first
+        for layer in per_frame.get_layer("resnet50").layers:
+            layer.trainable = layer.name >= FINE_TUNE_FROM  # conv1_conv, conv2_block1_1_conv, ...: in the order of their names
             layer.dtype_policy = FINE_TUNE_DTYPE if "gpu" in "".join(devices) else "float32"
-
-        batch = RUN_BATCH * max(len(devices), 1)
-        training = WindowSequence(frames, *make_runs(ids, counts, np.arange(split), batch), batch, shuffle=True)
-        validation = WindowSequence(frames, *make_runs(ids, counts, np.arange(split, len(ids)), batch), batch)
-        runs = build_run_model(copy)
-        inputs, _ = training[0]
-        runs.predict_on_batch(inputs)  # traced
-        start = time.perf_counter()
-        runs.predict_on_batch(inputs)
-        steps = FINE_TUNE_EPOCHS * (3 * len(training) + len(validation))  # the way back costs twice the way there
-        print(f"Fine-tuning from {FINE_TUNE_FROM}: some {steps * (time.perf_counter() - start) / 60:.1f} minutes.")
-        history = train(runs, training, validation, path, FINE_TUNE_EPOCHS, FINE_TUNE_RATE)
-    model.set_weights(copy.get_weights())
+        path = Path(f"{path}-{fingerprint(batch)}.npz")
+        history = train(build_run_model(tuned), training, validation, path, FINE_TUNE_EPOCHS, FINE_TUNE_RATE)
+    model.set_weights(tuned.get_weights())
     return history
 
 
@@ -905,8 +904,9 @@ def save_results(outputs, model, history, table, paths, weights, phases):
         figure.suptitle(f"ResNet50 weights: {weights}\nvalidation frames {held_out['id'].iloc[0]}-{held_out['id'].iloc[-1]}", fontsize="small")
         results[name] = figure.savefig
     publish(outputs, results)
-    drop_files(outputs, "checkpoint-*")
-    drop_files(outputs, ".new-*")
+    drop_files(outputs, "checkpoint")
+    for path in outputs.glob(".new-*"):  # of runs that were killed
+        path.unlink()
     summarise(metrics, baseline)
     print(f"Results: {outputs}")
 
@@ -916,8 +916,8 @@ def count_people(model, frames):
 
     model: path of a ts_crowdnet.keras, or the loaded model.
     frames: a folder of images, taken in the order of their names, or a list of paths in order of time.
-    Returns a Series of counts indexed by file name. Each frame passes the backbone once; memory does
-    not grow with the number of frames.
+    Returns a Series of counts indexed by file name. Each frame passes the backbone once; of those
+    before, only their estimates stay in memory.
     """
     if isinstance(model, (str, Path)):
         try:
@@ -932,14 +932,10 @@ def count_people(model, frames):
     paths = np.array([Path(path) for path in frames])
     if not len(paths):
         raise InputError("no images to count")
-    counts, recent = [], None
-    for new in predict_each(per_frame, Frames(paths, (height, width))):  # (b, 1)
-        recent = np.repeat(new[:1], length - 1, axis=0) if recent is None else recent
-        known = np.concatenate([recent, new])  # (length - 1 + b, 1)
-        windows = known[np.arange(len(new))[:, None] + np.arange(length)]  # (b, length, 1)
-        counts.append(ops.convert_to_numpy(head(windows))[:, 0])
-        recent = known[len(new) :]
-    return pd.Series(np.concatenate(counts), pd.Index([path.name for path in paths], name="frame"), name="count")
+    estimates = np.concatenate(list(predict_each(per_frame, Frames(paths, (height, width)))))  # (N, 1)
+    windows = estimates[make_windows(np.arange(len(paths)), length)]  # (N, T, 1)
+    counts = head.predict(windows, batch_size=BATCH_SIZE, verbose=0)[:, 0]
+    return pd.Series(counts, pd.Index([path.name for path in paths], name="frame"), name="count")
 
 
 def count_folder():
@@ -970,13 +966,13 @@ def main():
     phases = {"import": time.perf_counter()}  # when each phase ended
 
     labels = read_labels(at(LABELS))
-    counts, split = labels.to_numpy(), round(len(labels) * TRAIN_FRACTION)
+    ids, counts, split = labels.index.to_numpy(), labels.to_numpy(), round(len(labels) * TRAIN_FRACTION)
     if not 0 < split < len(labels) or len(labels) < SEQUENCE_LENGTH:
         raise InputError(
             f"{at(LABELS)}: {len(labels)} frames are too few for TRAIN_FRACTION = {TRAIN_FRACTION} and "
             f"SEQUENCE_LENGTH = {SEQUENCE_LENGTH}; add frames or change these"
         )
-    paths, digest = find_frames(labels.index)
+    paths, digest = find_frames(ids)
     print(f"{len(labels)} frames: the first {split} train, the last {len(labels) - split} validate.")
     with Image.open(paths[0]) as image:
         if image.info.get("comment") == b"synthetic mall sample":
@@ -990,44 +986,45 @@ def main():
         phases["fit backbone"] = time.perf_counter()
 
         depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, read_out, inspect.getsource(build_backbone), *backbone.get_weights())
-        cache = outputs / f"features-{fingerprint(*depends_on)}.float32"
-        drop_files(outputs, "features-*", cache.stem)
-        features = extract_features(backbone, frames, cache)  # (N, F)
+        name = f"features-{fingerprint(*depends_on)}"
+        drop_files(outputs, "features", name)
+        features = extract_features(backbone, frames, outputs / f"{name}.float32")  # (N, F)
         phases["extract features"] = time.perf_counter()
 
         views = [view.shape[-1] for view in backbone.get_layer("features").input]
         readout = build_readout(features[:split], counts[:split], views)
-        slices = (slice(start, start + 256) for start in range(0, len(frames), 256))
-        estimates = np.concatenate([ops.convert_to_numpy(readout(features[rows])) for rows in slices])  # (N, 1)
+        parts = np.array_split(features, -(-len(features) // 256))  # few at a time: they stay on the disk
+        estimates = np.concatenate([ops.convert_to_numpy(readout(part)) for part in parts])  # (N, 1)
         phases["fit read-out"] = time.perf_counter()
 
         keras.utils.set_random_seed(SEED)
         head = build_head(counts[:split])
         model = build_model(backbone, readout, head)
         source, trained = (estimates, head) if CACHE_FEATURES else (frames, model)
-        ids = labels.index.to_numpy()
         windows, targets = make_windows(ids, SEQUENCE_LENGTH), counts[:, None]  # (N, T), (N, 1)
         training = WindowSequence(source, windows[:split], targets[:split], BATCH_SIZE, shuffle=True)
         validation = WindowSequence(source, windows[split:], targets[split:], BATCH_SIZE)
         settings = (ESTIMATE_NOISE, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, CACHE_FEATURES)
-        name = f"checkpoint-{fingerprint(cache.name, counts, estimates, windows, split, *settings)}"
-        if drop_files(outputs, "checkpoint-*", name):
+        name = f"checkpoint-{fingerprint(name, counts, estimates, windows, split, *settings)}"
+        if drop_files(outputs, "checkpoint", name):
             print("The unfinished run here had other constants or labels: training starts afresh.")
         history = train(trained, training, validation, outputs / f"{name}.npz", EPOCHS, LEARNING_RATE)
         phases["train"] = time.perf_counter()
 
+        pixels = f"frames-{fingerprint(digest, FRAME_SIZE)}"
+        drop_files(outputs, "frames", pixels if FINE_TUNE_EPOCHS else ())
         if FINE_TUNE_EPOCHS:
-            stored = store_frames(frames, outputs / f"frames-{fingerprint(digest, FRAME_SIZE)}.uint8")  # (N, H, W, 3)
+            stored = store_frames(frames, outputs / f"{pixels}.uint8")  # (N, H, W, 3)
             settings = (FINE_TUNE_EPOCHS, FINE_TUNE_FROM, FINE_TUNE_RATE, RUN_LENGTH, RUN_BATCH, FINE_TUNE_DTYPE)
-            tuned = fine_tune(model, stored, ids, counts, split, outputs / f"{name}-{fingerprint(*settings)}.npz")
+            tuned = fine_tune(model, stored, ids, counts, split, outputs / f"{name}-{fingerprint(*settings)}")
             history = pd.concat([history, tuned.assign(epoch=tuned["epoch"] + EPOCHS)])
-            per_frame = model.get_layer("time_distributed_resnet50").layer
-            source, trained = np.concatenate(list(predict_each(per_frame, stored))), head
+            weights += f", fine-tuned from {FINE_TUNE_FROM}"
+            estimates = np.concatenate(list(predict_each(model.get_layer("time_distributed_resnet50").layer, stored)))
             phases["fine-tune"] = time.perf_counter()
 
-        predicted = trained.predict(WindowSequence(source, windows, targets, BATCH_SIZE), verbose=0)[:, 0]
-        table = pd.DataFrame({"id": labels.index, "split": "train", "true": counts.astype(int), "predicted": predicted})
-        table.loc[split:, "split"] = "validation"
+        predicted = head.predict(estimates[windows], batch_size=BATCH_SIZE, verbose=0)[:, 0]
+        part = np.where(np.arange(len(ids)) < split, "train", "validation")
+        table = pd.DataFrame({"id": ids, "split": part, "true": counts.astype(int), "predicted": predicted})
         save_results(outputs, model, history, table, paths, weights, phases)
     if plt.get_backend().lower() != "agg":  # a screen
         plt.show()

@@ -13,6 +13,7 @@ import tscrowdnet_train as ts
 from conftest import TINY
 
 SMALL = {"FINE_TUNE_EPOCHS": 2, "RUN_LENGTH": 4, "FINE_TUNE_RATE": 1e-4}
+SHALLOW = SMALL | {"READ_OUT_RANDOM": {"conv1_relu": (3, 4)}}
 
 
 @pytest.mark.parametrize("rows", [range(0, 20), range(0, 13), range(13, 20), range(19, 20)])
@@ -78,10 +79,10 @@ def saved(video):
 
 
 def test_the_named_stages_are_trained_and_saved(run, video, capsys):
-    metrics, _ = run(**SMALL | {"FINE_TUNE_EPOCHS": 0})
-    _, before = saved(video)
     metrics, table = run(**SMALL, FINE_TUNE_FROM="conv2")
     after, resnet = saved(video)
+    frames = ts.Frames(ts.find_frames(table["id"])[0], ts.FRAME_SIZE)
+    before = ts.prepare_backbone(frames, np.arange(16))[0].get_layer("resnet50")
     for layer, tuned in zip(before.layers, resnet.layers):
         for old, new in zip(layer.get_weights(), tuned.get_weights()):
             assert (old == new).all() == (layer.name < "conv2"), layer.name
@@ -89,21 +90,22 @@ def test_the_named_stages_are_trained_and_saved(run, video, capsys):
     assert "Fine-tuning from conv2: some" in printed and metrics["seconds"]["fine-tune"] > 0
     history = pd.read_csv(video / "outputs" / "history.csv")
     assert history["epoch"].tolist() == [0, 1, 2, 3] and history.notna().all(axis=None)
-    frames = ts.Frames(ts.find_frames(table["id"])[0], ts.FRAME_SIZE)[np.arange(20)]
-    counts = after.predict(frames[ts.make_windows(table["id"].to_numpy(), 5)], verbose=0)[:, 0]
+    windows = ts.make_windows(table["id"].to_numpy(), ts.SEQUENCE_LENGTH)
+    counts = after.predict(frames[np.arange(20)][windows], verbose=0)[:, 0]
     np.testing.assert_allclose(counts, table["predicted"], atol=1e-3)
     assert history["val_mae"].iloc[-1] == pytest.approx(metrics["mae"], abs=1e-3), "4 validation frames: one run"
 
 
 def test_fine_tuning_learns(run, video):
     """From read-out and head that know little, the loss falls."""
-    run(**SMALL | {"FINE_TUNE_EPOCHS": 8, "FINE_TUNE_RATE": 1e-3}, PENALTIES=[100.0], ESTIMATE_NOISE=0.0)
+    run(**SHALLOW | {"FINE_TUNE_EPOCHS": 8, "FINE_TUNE_RATE": 1e-3}, PENALTIES=[100.0], ESTIMATE_NOISE=0.0)
     loss = pd.read_csv(video / "outputs" / "history.csv")["loss"]
     assert loss.iloc[-1] < 0.5 * loss[TINY["EPOCHS"] - 1]
 
 
-def test_interrupted_fine_tuning_goes_on_to_the_same_digits(run, constants, monkeypatch, capsys):
-    _, expected = run(**SMALL, OUTPUTS="undisturbed")
+def test_interrupted_fine_tuning_goes_on_to_the_same_counts(run, constants, monkeypatch, capsys):
+    """Not to the last digit: threads sum a convolution's gradients in any order."""
+    _, expected = run(**SHALLOW, OUTPUTS="undisturbed")
     save, epochs = ts.Checkpoint.on_epoch_end, []
 
     def third(*arguments, **options):
@@ -113,15 +115,15 @@ def test_interrupted_fine_tuning_goes_on_to_the_same_digits(run, constants, monk
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ts.Checkpoint, "on_epoch_end", third)
-    constants(**SMALL)
+    constants(**SHALLOW)
     with pytest.raises(KeyboardInterrupt):
         ts.main()
     monkeypatch.setattr(ts.Checkpoint, "on_epoch_end", save)
     capsys.readouterr()
-    _, resumed = run(**SMALL)
+    _, resumed = run(**SHALLOW)
     printed = capsys.readouterr().out
     assert "Going on after epoch 2 of 2" in printed and "Going on after epoch 1 of 2" in printed
-    assert resumed.equals(expected)
+    np.testing.assert_allclose(resumed["predicted"], expected["predicted"], atol=1e-4)
 
 
 def test_a_gpu_trains_resnet50_in_its_own_precision(run, video, monkeypatch):
@@ -135,14 +137,14 @@ def test_a_gpu_trains_resnet50_in_its_own_precision(run, video, monkeypatch):
 
     monkeypatch.setattr(ts, "train", watch)
     monkeypatch.setattr(keras.distribution, "list_devices", lambda *_: ["gpu:0"])
-    metrics, _ = run(**SMALL)
+    metrics, _ = run(**SHALLOW)
     assert policies[1] == {"mixed_bfloat16"}
     assert {layer.dtype_policy.name for layer in saved(video)[0]._flatten_layers()} == {"float32"}
     assert metrics["mae"] < 3
 
 
 def test_a_stage_that_is_not_read_is_refused(constants):
-    constants(FINE_TUNE_FROM="conv5")
+    constants(FINE_TUNE_FROM="conv5", FINE_TUNE_EPOCHS=1)
     with pytest.raises(SystemExit, match="FINE_TUNE_FROM.*conv2_block1_out"):
         ts.run_as_script()
 
@@ -168,7 +170,7 @@ def test_two_devices_give_the_result_of_one(run, video):
     """Steps of two runs; three runs and a single one of validation frames: both are filled up."""
     if keras.backend.backend() != "tensorflow":
         pytest.skip("two logical CPU devices by TensorFlow")
-    root, changes = Path(ts.__file__).parent, SMALL | {"RUN_LENGTH": 6, "ESTIMATE_NOISE": 0.0}
+    root, changes = Path(ts.__file__).parent, SHALLOW | {"RUN_LENGTH": 6, "ESTIMATE_NOISE": 0.0}
     _, one = run(**changes, RUN_BATCH=2)
     constants = TINY | changes | {"RUN_BATCH": 1, "OUTPUTS": "two"}
     code = DEVICES.format(tests=str(root / "tests"), root=str(root), video=str(video), constants=constants)
