@@ -92,7 +92,7 @@ READ_OUT_RANDOM = {"conv1_relu": (6, 8)}  # random weights, whose deeper layers 
 FOREGROUND = (12, 16)  # grid for where a frame differs from the empty scene; None: no use of the empty scene
 CALIBRATION_FRAMES = 96  # training frames whose median is the empty scene; 0.9 MB of memory each at 480x640
 FRAME_BATCH = 8  # frames the backbone sees at once; less memory with fewer, no faster on a CPU with more
-# False: the head trains with every window through TimeDistributed ResNet50 at every epoch, as published; same result, far slower
+# False: every window passes TimeDistributed ResNet50 at every epoch, as published; same result, far slower
 CACHE_FEATURES = True
 
 # -- Read-out and head: features -> an estimate for each frame -> LSTM over the window -> count ----------
@@ -112,7 +112,7 @@ FINE_TUNE_FROM = "conv1"  # first stage of ResNet50 to train, up to what is read
 FINE_TUNE_RATE = 1e-5  # falls to 0 like LEARNING_RATE
 RUN_LENGTH = 8  # consecutive windows that share their frames in a step: 8 windows of 5 are 12 frames, not 40
 RUN_BATCH = 2  # runs in a step of each device; 1 where memory is short: 6 GB for 12 frames of 480x640 through READ_OUT
-FINE_TUNE_DTYPE = "mixed_bfloat16"  # of ResNet50 on GPUs; "float32" for those before 2020 (NVIDIA Ampere), as on CPUs and with PyTorch
+FINE_TUNE_DTYPE = "mixed_bfloat16"  # on GPUs, but with PyTorch; "float32" for those before 2020 (NVIDIA Ampere)
 
 # -- Evaluation and use ----------------------------------------------------------------------------
 TOLERANCE = 0.20  # a count within this share of the truth is accurate
@@ -140,11 +140,12 @@ def check_constants():
         "LABELS FRAMES OUTPUTS": (name_or_path, "a path in quotes"),
         "WEIGHTS": (lambda value: value is None or name_or_path(value), '"imagenet", a path in quotes or None'),
         "COUNT": (lambda value: value is None or name_or_path(value), "a path in quotes or None"),
-        "FRAME_SIZE": (lambda value: len(value) == 2 and all(map(whole(32), value)), "(height, width), 32 pixels or more: ResNet50's least"),
+        "FRAME_SIZE": (lambda value: len(value) == 2 and all(map(whole(32), value)), "(height, width), 32 or more: ResNet50's least"),
         "TRAIN_FRACTION": (lambda value: 0 < value < 1, "a number between 0 and 1, both excluded"),
         "FOREGROUND": (lambda value: value is None or grids({"": value}), "(rows, columns) of a grid of 1 x 1 or more, or None"),
         "READ_OUT READ_OUT_RANDOM": (grids, "{ResNet50 layer: (rows, columns) of a grid of 1 x 1 or more, ...}"),
-        "SEQUENCE_LENGTH FRAME_BATCH CALIBRATION_FRAMES LSTM_UNITS BATCH_SIZE EPOCHS RUN_LENGTH RUN_BATCH": (whole(1), "a whole number, 1 or more"),
+        "SEQUENCE_LENGTH FRAME_BATCH CALIBRATION_FRAMES LSTM_UNITS": (whole(1), "a whole number, 1 or more"),
+        "BATCH_SIZE EPOCHS RUN_LENGTH RUN_BATCH": (whole(1), "a whole number, 1 or more"),
         "PENALTIES": (lambda value: min(value) > 0, "a list of numbers above 0"),
         "LEARNING_RATE FINE_TUNE_RATE": (lambda value: value > 0, "a number above 0"),
         "ESTIMATE_NOISE TOLERANCE": (lambda value: value >= 0, "a number, 0 or more"),
@@ -419,7 +420,7 @@ def set_statistics(normalization, mean, deviation):
 
 
 def calibrate(maps, batches):
-    """Sets BatchNorm's statistics to those of batches of frames (b, H, W, 3): without them random weights carry no signal deep down."""
+    """Sets BatchNorm's statistics to those of batches of frames (b, H, W, 3): random weights carry no signal without."""
     for done, batch in enumerate(batches):
         for layer in maps.layers:
             if isinstance(layer, layers.BatchNormalization):
@@ -430,8 +431,8 @@ def calibrate(maps, batches):
 def fold_batchnorm(maps):
     """The same maps with each BatchNorm, now constant, folded into the convolution before it: a quarter less time.
 
-    Only a layer *_conv, read on its own, comes out normalised. Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only
-    inference", CVPR 2018, section 3.2.
+    Only a layer *_conv, read on its own, comes out another: normalised. Jacob et al., "Quantization and training of
+    neural networks for efficient integer-arithmetic-only inference", CVPR 2018, section 3.2.
     """
     is_batchnorm = lambda layer: isinstance(layer, layers.BatchNormalization)
     skip = lambda layer, x, **options: x if is_batchnorm(layer) else layer(x, **options)
@@ -454,7 +455,8 @@ def build_backbone(maps, grids):
     that weight, averaged over a grid of its own, is the last view: the share of each cell that is covered.
     """
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    stages = keras.tree.flatten(maps(keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32"))))  # each (h, w, C)
+    pixels = keras.applications.resnet50.preprocess_input(ops.cast(frame, "float32"))
+    stages = keras.tree.flatten(maps(pixels))  # each (h, w, C)
     views = list(zip(stages, grids))
     if FOREGROUND:
         background = layers.Normalization(axis=(1, 2, 3), name="background")
@@ -496,7 +498,7 @@ def prepare_backbone(frames, train):
         )
     maps = keras.Model(resnet.input, [resnet.get_layer(name).output for name in read_out], name="resnet50")
     if FINE_TUNE_EPOCHS and not any(layer.name.startswith(FINE_TUNE_FROM) for layer in maps.layers):
-        raise InputError(f"FINE_TUNE_FROM = {FINE_TUNE_FROM!r}: ResNet50 is read up to {list(read_out)[-1]}; make it conv1, or read more")
+        raise InputError(f"FINE_TUNE_FROM = {FINE_TUNE_FROM!r}: ResNet50 is only read up to {list(read_out)[-1]}; make it conv1")
     sample = frames[train[np.unique(np.linspace(0, len(train) - 1, CALIBRATION_FRAMES).astype(int))]]  # (M, H, W, 3)
     batches = np.array_split(sample, -(-len(sample) // 4))
     batches = batches[:: -(-len(batches) // 4)]  # some 16 frames tell what is usual
@@ -801,17 +803,17 @@ def measure(true, predicted):
 
 def summarise(metrics, baseline):
     """The closing table: each metric, its meaning, and what always predicting the training mean scores."""
-    r = metrics["pearson_r"]
     rows = [
-        ("Mean Absolute Error (MAE)", f"{metrics['mae']:.3f}", f"{baseline['mae']:.3f}", "people off, on average"),
-        ("Mean Squared Error (MSE)", f"{metrics['mse']:.3f}", f"{baseline['mse']:.3f}", "people squared; big misses weigh more"),
-        ("Root of the MSE (RMSE)", f"{metrics['rmse']:.3f}", f"{baseline['rmse']:.3f}", "people; the usual size of a miss"),
-        (f"Accuracy within {TOLERANCE:.0%}", f"{metrics['accuracy']:.2%}", f"{baseline['accuracy']:.2%}", "of counts that close to the truth"),
-        ("Pearson r", "undefined" if r is None else f"{r:.3f}", "", "1: counts rise and fall with the truth"),
+        ("Mean Absolute Error (MAE)", "mae", ".3f", "people off, on average"),
+        ("Mean Squared Error (MSE)", "mse", ".3f", "people squared; big misses weigh more"),
+        ("Root of the MSE (RMSE)", "rmse", ".3f", "people; the usual size of a miss"),
+        (f"Accuracy within {TOLERANCE:.0%}", "accuracy", ".2%", "of counts that close to the truth"),
+        ("Pearson r", "pearson_r", ".3f", "1: counts rise and fall with the truth"),
     ]
     print(f"{'':27}{'this model':>12}{'mean count':>12}")
-    for row in rows:
-        print("{:27}{:>12}{:>12}   {}".format(*row))
+    for title, name, form, meaning in rows:
+        values = ["undefined" if scores[name] is None else format(scores[name], form) for scores in (metrics, baseline)]
+        print("{:27}{:>12}{:>12}   {}".format(title, *values, meaning))
 
 
 # == Figures and report ============================================================================
@@ -901,7 +903,8 @@ def save_results(outputs, model, history, table, paths, weights, phases):
         "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str) + "\n"),
     }
     for name, figure in figures.items():
-        figure.suptitle(f"ResNet50 weights: {weights}\nvalidation frames {held_out['id'].iloc[0]}-{held_out['id'].iloc[-1]}", fontsize="small")
+        first, last = held_out["id"].iloc[[0, -1]]
+        figure.suptitle(f"ResNet50 weights: {weights}\nvalidation frames {first}-{last}", fontsize="small")
         results[name] = figure.savefig
     publish(outputs, results)
     drop_files(outputs, "checkpoint")
@@ -985,8 +988,8 @@ def main():
         backbone, read_out, weights = prepare_backbone(frames, np.arange(split))
         phases["fit backbone"] = time.perf_counter()
 
-        depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, read_out, inspect.getsource(build_backbone), *backbone.get_weights())
-        name = f"features-{fingerprint(*depends_on)}"
+        depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, read_out, inspect.getsource(build_backbone))
+        name = f"features-{fingerprint(*depends_on, *backbone.get_weights())}"
         drop_files(outputs, "features", name)
         features = extract_features(backbone, frames, outputs / f"{name}.float32")  # (N, F)
         phases["extract features"] = time.perf_counter()

@@ -4,8 +4,8 @@
 
 FOLDER (default: the sample) holds labels.csv and frames/frames; its frames are repeated to --frames.
 Weights are random; with --trained they come from a file, so that READ_OUT is what ResNet50 is read at, as with
-ImageNet's (their values do not change the work), and growth and the original are left out. Prints one table; every run is a process of
-its own, and peak memory is that process's, page cache of mapped files included.
+ImageNet's (their values do not change the work), and growth and the original are left out. Prints one table; every
+run is a process of its own, and peak memory is that process's, page cache of mapped files included.
 """
 
 import argparse
@@ -91,7 +91,8 @@ def measure_growth(source, folder, frames):
         video = repeat_video(source, folder / f"x{times}", times * frames)
         seconds, phases, memory, _ = run_script(video)
         extraction = phases["extract features"]
-        base = extraction if times == 1 else base
+        if times == 1:
+            base = extraction
         disk = next((video / "outputs").glob("features-*")).stat().st_size / 2**20
         lines.append(f"| {times * frames} | {extraction:.1f} | {extraction / base:.2f} | {seconds:.1f} | {memory:.0f} | {disk:.0f} |")
     return lines
@@ -107,26 +108,30 @@ def main():
     source, n, rows = options.folder.resolve(), options.frames, []
     read_out, weights = (ts.READ_OUT, "resnet50.weights.h5") if options.trained else (ts.READ_OUT_RANDOM, None)
     with tempfile.TemporaryDirectory() as folder:
-        growth = [] if options.trained else measure_growth(source, Path(folder), options.growth)  # first: a child's peak memory starts at its parent's
+        # First: a child's peak memory starts at its parent's.
+        growth = [] if options.trained else measure_growth(source, Path(folder), options.growth)
         video = repeat_video(source, Path(folder) / "video", n, weights)
         if weights:
             keras.applications.ResNet50(include_top=False, weights=None).save_weights(video / weights)
         first, phases, memory, mae = run_script(video)
         second, again, _, same = run_script(video)
         assert same == mae, "features from the disk changed the result"
-        rows.append(("whole run", first, f"{memory:.0f} MiB at most; " + ", ".join(f"{k} {v:.1f}" for k, v in phases.items())))
+        by_phase = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
+        rows.append(("whole run", first, f"{memory:.0f} MiB at most; {by_phase}"))
         rows.append(("second run, features on disk", second, f"{second / first:.0%} of the first"))
 
         model = keras.saving.load_model(video / "outputs" / "ts_crowdnet.keras", compile=False)
         backbone = model.get_layer("time_distributed_resnet50").layer
-        paths = sorted((video / "frames" / "frames").iterdir())[:64]
+        paths = sorted((video / "frames" / "frames").iterdir())[:256]
         pixels = ts.Frames(np.array(paths), ts.FRAME_SIZE)[np.arange(8)]
         per_frame = median_seconds(lambda: backbone.predict_on_batch(pixels)) / 8
-        rows.append(("backbone over the same frames, read-out included", per_frame * n, f"whole run is {first / (per_frame * n):.2f} x this"))
+        note = f"whole run is {first / (per_frame * n):.2f} x this"
+        rows.append(("backbone over the same frames, read-out included", per_frame * n, note))
         start = time.perf_counter()
         ts.count_people(model, paths)
         counted = (time.perf_counter() - start) / len(paths)
-        rows.append(("counting new frames with the saved model", counted * n, f"{1 / counted:.1f} frames/s, {per_frame / counted:.2f} frames a backbone pass"))
+        note = f"{1 / counted:.1f} frames/s, {per_frame / counted:.2f} frames a backbone pass"
+        rows.append(("counting new frames with the saved model", counted * n, note))
 
         resnet = backbone.get_layer("resnet50")
         floats = pixels.astype("float32")
@@ -146,7 +151,8 @@ def main():
             whole = median_seconds(lambda: resnet.predict_on_batch(windows[:8, 0])) / 8
             rows.append((f"all of ResNet50, each frame once, {size[0]}x{size[1]}", whole * n, f"{1 / whole:.1f} frames/s"))
             epochs = 50 * (step * np.ceil(0.8 * n / 16) + test * np.ceil(0.2 * n / 16))
-            rows.append((f"published original, 50 epochs, {size[0]}x{size[1]} (extrapolated)", epochs, f"{step:.1f} s a training step; whole run is {epochs / first:.0f} x faster"))  # fmt: skip
+            note = f"{step:.1f} s a training step; whole run is {epochs / first:.0f} x faster"
+            rows.append((f"published original, 50 epochs, {size[0]}x{size[1]} (extrapolated)", epochs, note))
 
         print(f"\n| {n} frames of {ts.FRAME_SIZE[1]}x{ts.FRAME_SIZE[0]}, {os.cpu_count()} CPU cores | seconds | |\n|---|---:|---|")
         for name, seconds, note in rows:

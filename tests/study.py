@@ -57,7 +57,8 @@ def fold_features(frames, train, cache):
     if key not in cache:
         backbone, *_ = ts.prepare_backbone(frames, train)
         path = Path(tempfile.mkdtemp(dir=cache["folder"])) / "features.float32"
-        cache[key] = ts.extract_features(backbone, frames, path), [view.shape[-1] for view in backbone.get_layer("features").input]
+        views = [view.shape[-1] for view in backbone.get_layer("features").input]
+        cache[key] = ts.extract_features(backbone, frames, path), views
     return cache[key]
 
 
@@ -77,7 +78,8 @@ def predict_fold(row, features, views, windows, counts, train, validate, folder)
     head = ts.build_head(counts[train])
     checkpoint = folder / "checkpoint.npz"
     checkpoint.unlink(missing_ok=True)
-    ts.train(head, ts.WindowSequence(estimates, windows[train], counts[train, None], ts.BATCH_SIZE, shuffle=True), None, checkpoint, ts.EPOCHS, ts.LEARNING_RATE)
+    training = ts.WindowSequence(estimates, windows[train], counts[train, None], ts.BATCH_SIZE, shuffle=True)
+    ts.train(head, training, None, checkpoint, ts.EPOCHS, ts.LEARNING_RATE)
     return head.predict(ts.WindowSequence(estimates, windows[validate], counts[validate, None], ts.BATCH_SIZE), verbose=0)[:, 0]
 
 
@@ -110,7 +112,8 @@ def main():
                     with contextlib.redirect_stdout(io.StringIO()):
                         for train, validate in folds(scheme, len(counts)):
                             features, views = fold_features(frames, train, cache)
-                            predicted[validate] = predict_fold(row, features, views, windows, counts, train, validate, Path(folder))
+                            data = (features, views, windows, counts)
+                            predicted[validate] = predict_fold(row, *data, train, validate, Path(folder))
                     scores.append([np.abs(predicted - counts).mean(), np.square(predicted - counts).mean()])
                 mean, deviation = np.mean(scores, axis=0), np.std(scores, axis=0)
                 cells += [f"{mean[0]:.2f} ± {deviation[0]:.2f}", f"{mean[1]:.2f} ± {deviation[1]:.2f}"]
