@@ -14,6 +14,7 @@ Shapes, from frames to counts (T = SEQUENCE_LENGTH, H x W = FRAME_SIZE, F = feat
     features (N, F) --read-out, ridge regression--> one estimate of the count per frame (N, 1)
     windows of estimates (batch, T, 1) --head: LSTM, dense, trained for EPOCHS--> counts (batch, 1)
     saved model: windows (batch, T, H, W, 3) --TimeDistributed(backbone, read-out)--> (batch, T, 1) --head--> counts
+    fine-tuning, if wanted: runs of L = RUN_LENGTH windows (batch, L + T - 1, H, W, 3) --the same layers--> counts (batch, L)
 
 Change the constants below and run again; an interrupted run goes on where it stopped.
 """
@@ -820,11 +821,13 @@ def summarise(metrics, baseline):
 
 
 def draw_loss(history):
-    """Training loss, with noise, and validation loss, without, over the epochs."""
+    """Training loss, with noise, and validation loss, without, over the epochs, those of fine-tuning set apart."""
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     curves = history.rename(columns={"loss": "training", "val_loss": "validation"})
     curves = curves.assign(epoch=curves["epoch"] + 1).melt("epoch", ["training", "validation"], "frames", "loss")
     sns.lineplot(curves, x="epoch", y="loss", hue="frames", style="frames", ax=axes)
+    if len(history) > EPOCHS:
+        axes.axvline(EPOCHS + 0.5, color="0.5", linestyle="--", linewidth=1)
     axes.set(yscale="log", xlabel="Epoch", ylabel="Mean squared error (people²)")
     return figure
 
