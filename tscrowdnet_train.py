@@ -107,10 +107,10 @@ EPOCHS = 50  # passes over the training windows; fewer for a quick look
 LEARNING_RATE = 5e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss jumps
 SEED = 0  # another seed, another model: publish mean and deviation over several
 
-# -- Fine-tuning: then ResNet50 itself is trained too, end to end; on a GPU, a CPU takes hours -------
+# -- Fine-tuning: then ResNet50 itself is trained too, end to end; a GPU's work, a CPU takes hours -----
 FINE_TUNE_EPOCHS = 0  # e.g. 20
 FINE_TUNE_FROM = "conv1"  # first stage of ResNet50 to train, up to what is read; "conv4" leaves conv1 to conv3 as they are
-FINE_TUNE_RATE = 1e-5  # falls to 0 like LEARNING_RATE
+FINE_TUNE_RATE = 1e-5  # falls to 0 like LEARNING_RATE; lower it if the loss jumps when fine-tuning begins
 RUN_LENGTH = 8  # consecutive windows that share their frames in a step: 8 windows of 5 are 12 frames, not 40
 RUN_BATCH = 2  # runs in a step of each device; 1 where memory is short: 6 GB for 12 frames of 480x640 through READ_OUT
 FINE_TUNE_DTYPE = "mixed_bfloat16"  # on GPUs, but with PyTorch; "float32" for those before 2020 (NVIDIA Ampere)
@@ -685,12 +685,16 @@ class Checkpoint(keras.callbacks.Callback):
         publish(self.path.parent, {self.path.name: lambda path: np.savez(path, *state, history=json.dumps(self.history))})
 
 
-def train(model, training, validation, path, epochs, learning_rate):
+def train(model, training, validation, path, epochs, learning_rate, warmup=0.0):
     """Trains for that many epochs, going on from the checkpoint at path; returns the history table.
 
     Validation frames are watched, never used: no early stopping, no best epoch, a fixed schedule.
+    warmup: share of the steps over which the learning rate rises from 0; then it falls to 0 along a half cosine.
     """
-    schedule = keras.optimizers.schedules.CosineDecay(learning_rate, epochs * len(training))
+    steps = epochs * len(training)
+    rise = int(warmup * steps)
+    start, target = (0.0, learning_rate) if rise else (learning_rate, None)
+    schedule = keras.optimizers.schedules.CosineDecay(start, steps - rise, warmup_target=target, warmup_steps=rise)
     optimizer = keras.optimizers.Adam(schedule)
     model.compile(optimizer, loss="mse", metrics=["mae"])  # Keras leaves XLA out on a CPU, where it is 10 x slower
     optimizer.build(model.trainable_variables)
@@ -776,7 +780,7 @@ def fine_tune(model, frames, ids, counts, split, path):
             layer.trainable = layer.name >= FINE_TUNE_FROM  # conv1_conv, conv2_block1_1_conv, ...: in the order of their names
             layer.dtype_policy = FINE_TUNE_DTYPE if "gpu" in "".join(devices) else "float32"
         path = Path(f"{path}-{fingerprint(batch)}.npz")
-        history = train(build_run_model(tuned), training, validation, path, FINE_TUNE_EPOCHS, FINE_TUNE_RATE)
+        history = train(build_run_model(tuned), training, validation, path, FINE_TUNE_EPOCHS, FINE_TUNE_RATE, warmup=0.1)
     model.set_weights(tuned.get_weights())
     return history
 
@@ -992,9 +996,9 @@ def main():
         phases["fit backbone"] = time.perf_counter()
 
         depends_on = (digest, FRAME_SIZE, FRAME_BATCH, FOREGROUND, read_out, inspect.getsource(build_backbone))
-        name = f"features-{fingerprint(*depends_on, *backbone.get_weights())}"
-        drop_files(outputs, "features", name)
-        features = extract_features(backbone, frames, outputs / f"{name}.float32")  # (N, F)
+        cache = f"features-{fingerprint(*depends_on, *backbone.get_weights())}"
+        drop_files(outputs, "features", cache)
+        features = extract_features(backbone, frames, outputs / f"{cache}.float32")  # (N, F)
         phases["extract features"] = time.perf_counter()
 
         views = [view.shape[-1] for view in backbone.get_layer("features").input]
@@ -1011,7 +1015,7 @@ def main():
         training = WindowSequence(source, windows[:split], targets[:split], BATCH_SIZE, shuffle=True)
         validation = WindowSequence(source, windows[split:], targets[split:], BATCH_SIZE)
         settings = (ESTIMATE_NOISE, LSTM_UNITS, BATCH_SIZE, EPOCHS, LEARNING_RATE, SEED, CACHE_FEATURES)
-        name = f"checkpoint-{fingerprint(name, counts, estimates, windows, split, *settings)}"
+        name = f"checkpoint-{fingerprint(cache, counts, estimates, windows, split, *settings)}"
         if drop_files(outputs, "checkpoint", name):
             print("The unfinished run here had other constants or labels: training starts afresh.")
         history = train(trained, training, validation, outputs / f"{name}.npz", EPOCHS, LEARNING_RATE)
