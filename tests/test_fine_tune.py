@@ -145,9 +145,9 @@ def test_a_gpu_trains_resnet50_in_its_own_precision(run, video, monkeypatch):
     policies = []
     train = ts.train
 
-    def watch(model, *arguments):
+    def watch(model, *arguments, **options):
         policies.append({layer.dtype_policy.name for layer in model._flatten_layers() if layer.name.startswith("conv")})
-        return train(model, *arguments)
+        return train(model, *arguments, **options)
 
     monkeypatch.setattr(ts, "train", watch)
     monkeypatch.setattr(keras.distribution, "list_devices", lambda *_: ["gpu:0"])
