@@ -475,6 +475,11 @@ def build_backbone(maps, grids):
     return keras.Model(frame, layers.Concatenate(name="features")(pooled), name="backbone")
 
 
+def view_sizes(backbone):
+    """How many features each view of the backbone has."""
+    return [view.shape[-1] for view in backbone.get_layer("features").input]
+
+
 def fit_background(backbone, frames, batches):
     """Fits the empty scene to the median of frames (M, H, W, 3), and the usual distance from it to batches of them."""
     resnet, preprocess = backbone.get_layer("resnet50"), keras.applications.resnet50.preprocess_input
@@ -606,6 +611,11 @@ def build_model(backbone, readout, head):
     return keras.Model(windows, head(estimates), name="ts_crowdnet")
 
 
+def split_model(model):
+    """Both parts of the network: a frame (H, W, 3) -> its estimate (1,), and the head: estimates (T, 1) -> count (1,)."""
+    return model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
+
+
 # == Training ======================================================================================
 
 
@@ -733,7 +743,7 @@ def make_runs(ids, counts, rows, batch):
 
 def build_run_model(model):
     """The layers of model over runs (RUN_LENGTH + T - 1, H, W, 3) -> counts (RUN_LENGTH,): each frame passes ResNet50 once."""
-    per_frame, head = model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
+    per_frame, head = split_model(model)
     runs = keras.Input((RUN_LENGTH + SEQUENCE_LENGTH - 1, *FRAME_SIZE, 3), dtype="uint8", name="runs")
     estimates = per_frame(ops.reshape(runs, (-1, *FRAME_SIZE, 3)))  # (batch * frames, 1)
     estimates = ops.reshape(estimates, (-1, runs.shape[1], 1))
@@ -763,7 +773,7 @@ def fine_tune(model, frames, ids, counts, split, path):
     training = WindowSequence(frames, *make_runs(ids, counts, np.arange(split), batch), batch, shuffle=True)
     validation = WindowSequence(frames, *make_runs(ids, counts, np.arange(split, len(ids)), batch), batch)
 
-    per_frame = model.get_layer("time_distributed_resnet50").layer
+    per_frame, _ = split_model(model)
     step = frames[: RUN_BATCH * training.windows.shape[1]]
     per_frame.predict_on_batch(step)  # traced, so that the next call tells the time
     start = time.perf_counter()
@@ -774,7 +784,7 @@ def fine_tune(model, frames, ids, counts, split, path):
     keras.utils.set_random_seed(SEED)
     with data_parallel(devices):
         tuned = deepcopy(model)
-        per_frame = tuned.get_layer("time_distributed_resnet50").layer
+        per_frame, _ = split_model(tuned)
         per_frame.trainable = True
         for layer in per_frame.get_layer("resnet50").layers:
             layer.trainable = layer.name >= FINE_TUNE_FROM  # conv1_conv, conv2_block1_1_conv, ...: in the order of their names
@@ -934,7 +944,7 @@ def count_people(model, frames):
             model = keras.saving.load_model(model, compile=False)
         except Exception as error:  # zipfile, h5py and Keras raise many kinds
             raise InputError(f"{model}: no model written by this script ({error}); train one first") from None
-    per_frame, head = model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
+    per_frame, head = split_model(model)
     length, height, width = model.input_shape[1:4]
     if isinstance(frames, (str, Path)):
         suffixes = set(Image.registered_extensions())
@@ -1001,8 +1011,7 @@ def main():
         features = extract_features(backbone, frames, outputs / f"{cache}.float32")  # (N, F)
         phases["extract features"] = time.perf_counter()
 
-        views = [view.shape[-1] for view in backbone.get_layer("features").input]
-        readout = build_readout(features[:split], counts[:split], views)
+        readout = build_readout(features[:split], counts[:split], view_sizes(backbone))
         parts = np.array_split(features, -(-len(features) // 256))  # few at a time: they stay on the disk
         estimates = np.concatenate([ops.convert_to_numpy(readout(part)) for part in parts])  # (N, 1)
         phases["fit read-out"] = time.perf_counter()
@@ -1029,7 +1038,7 @@ def main():
             tuned = fine_tune(model, stored, ids, counts, split, outputs / f"{name}-{fingerprint(*settings)}")
             history = pd.concat([history, tuned.assign(epoch=tuned["epoch"] + EPOCHS)])
             weights += f", fine-tuned from {FINE_TUNE_FROM}"
-            estimates = np.concatenate(list(predict_each(model.get_layer("time_distributed_resnet50").layer, stored)))
+            estimates = np.concatenate(list(predict_each(split_model(model)[0], stored)))
             phases["fine-tune"] = time.perf_counter()
 
         predicted = head.predict(estimates[windows], batch_size=BATCH_SIZE, verbose=0)[:, 0]

@@ -121,7 +121,7 @@ def main():
         rows.append(("second run, features on disk", second, f"{second / first:.0%} of the first"))
 
         model = keras.saving.load_model(video / "outputs" / "ts_crowdnet.keras", compile=False)
-        backbone = model.get_layer("time_distributed_resnet50").layer
+        backbone, _ = ts.split_model(model)
         paths = sorted((video / "frames" / "frames").iterdir())[:256]
         pixels = ts.Frames(np.array(paths), ts.FRAME_SIZE)[np.arange(8)]
         per_frame = median_seconds(lambda: backbone.predict_on_batch(pixels)) / 8

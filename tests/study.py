@@ -51,14 +51,12 @@ def folds(scheme, frames):
         yield rows[~near], rows[fold == k]
 
 
-def fold_features(frames, train, cache):
+def fold_features(frames, train, cache, folder):
     """(features of all frames (N, F), size of each view) from a random backbone fitted to the training rows."""
     key = ts.fingerprint(train, ts.READ_OUT_RANDOM, ts.SEED, ts.FOREGROUND, ts.FRAME_SIZE)
     if key not in cache:
         backbone, *_ = ts.prepare_backbone(frames, train)
-        path = Path(tempfile.mkdtemp(dir=cache["folder"])) / "features.float32"
-        views = [view.shape[-1] for view in backbone.get_layer("features").input]
-        cache[key] = ts.extract_features(backbone, frames, path), views
+        cache[key] = ts.extract_features(backbone, frames, folder / f"{key}.float32"), ts.view_sizes(backbone)
     return cache[key]
 
 
@@ -98,7 +96,7 @@ def main():
     print("| change | " + " | ".join(f"{scheme}: MAE | MSE" for scheme in options.schemes) + " |")
     print("|---|" + "---|---|" * len(options.schemes))
     with tempfile.TemporaryDirectory() as folder:
-        cache = {"folder": folder}
+        cache = {}
         for name in options.rows:
             row, cells = ROWS[name], []
             for scheme in options.schemes:
@@ -111,7 +109,7 @@ def main():
                     predicted = np.empty(len(counts))
                     with contextlib.redirect_stdout(io.StringIO()):
                         for train, validate in folds(scheme, len(counts)):
-                            features, views = fold_features(frames, train, cache)
+                            features, views = fold_features(frames, train, cache, Path(folder))
                             data = (features, views, windows, counts)
                             predicted[validate] = predict_fold(row, *data, train, validate, Path(folder))
                     scores.append([np.abs(predicted - counts).mean(), np.square(predicted - counts).mean()])

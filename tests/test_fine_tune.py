@@ -39,15 +39,15 @@ def model(video, constants):
     labels = ts.read_labels(video / "labels.csv")
     frames, counts = ts.Frames(ts.find_frames(labels.index)[0], ts.FRAME_SIZE), labels.to_numpy()
     backbone, *_ = ts.prepare_backbone(frames, np.arange(16))
-    views = [view.shape[-1] for view in backbone.get_layer("features").input]
-    readout = ts.build_readout(backbone.predict(frames[np.arange(16)], verbose=0), counts[:16], views)
+    features = backbone.predict(frames[np.arange(16)], verbose=0)
+    readout = ts.build_readout(features, counts[:16], ts.view_sizes(backbone))
     return ts.build_model(backbone, readout, ts.build_head(counts[:16])), frames[np.arange(20)], labels.index.to_numpy(), counts
 
 
 def test_runs_give_the_loss_and_the_gradients_of_the_plain_model(model):
     tf = pytest.importorskip("tensorflow")
     model, frames, ids, counts = model
-    per_frame = model.get_layer("time_distributed_resnet50").layer
+    per_frame, _ = ts.split_model(model)
     per_frame.trainable = True
     variables = [*per_frame.trainable_variables, *model.get_layer("head").trainable_variables]
     assert len(variables) > 10
@@ -77,7 +77,7 @@ def test_a_frame_of_the_empty_scene_has_finite_gradients(model):
     """There the distance from the empty scene is 0, where a square root has none."""
     tf = pytest.importorskip("tensorflow")
     model, frames, *_ = model
-    per_frame = model.get_layer("time_distributed_resnet50").layer
+    per_frame, _ = ts.split_model(model)
     per_frame.trainable = True
     empty = np.median(frames[:16:5], axis=0)[None].astype("uint8")
     with tf.GradientTape() as tape:
@@ -89,7 +89,7 @@ def test_a_frame_of_the_empty_scene_has_finite_gradients(model):
 
 def saved(video):
     model = keras.saving.load_model(video / "outputs" / "ts_crowdnet.keras", compile=False)
-    return model, model.get_layer("time_distributed_resnet50").layer.get_layer("resnet50")
+    return model, ts.split_model(model)[0].get_layer("resnet50")
 
 
 def test_the_named_stages_are_trained_and_saved(run, video, capsys):

@@ -33,10 +33,6 @@ def new_head(counts):
     return ts.build_head(counts)
 
 
-def views(backbone):
-    return [view.shape[-1] for view in backbone.get_layer("features").input]
-
-
 def test_the_saved_model_predicts_on_frames_what_the_head_predicted_on_estimates(run, video, parts, tmp_path):
     """In a process that knows nothing of the script."""
     _, table = run()
@@ -56,7 +52,7 @@ np.save({str(tmp_path / "counts.npy")!r}, model.predict(np.load({str(tmp_path / 
 def test_training_on_frames_and_on_estimates_gives_the_same_head(parts, tmp_path, constants):
     frames, windows, counts, backbone, features = parts
     constants(LEARNING_RATE=1e-2)
-    readout = ts.build_readout(features[:16], counts[:16], views(backbone))
+    readout = ts.build_readout(features[:16], counts[:16], ts.view_sizes(backbone))
     estimates = readout.predict(features, verbose=0)
     weights = []
     for source in (estimates, frames):
@@ -122,21 +118,19 @@ def test_every_view_weighs_alike(parts):
     assert variance[:36].sum() == pytest.approx(0.5, rel=1e-3) and variance[36:].sum() == pytest.approx(0.5, rel=1e-3)
 
 
-def test_nothing_is_fitted_to_validation_frames(run, video):
+@pytest.mark.parametrize(("fine_tune", "tolerance"), [(0, 0), (1, 1e-4)])  # threads sum a convolution's gradients in any order
+def test_nothing_is_fitted_to_validation_frames(run, video, fine_tune, tolerance):
     """Other validation frames and counts leave the predictions of training frames as they were, fine-tuned or not."""
-    _, before = run(EPOCHS=3, FINE_TUNE_EPOCHS=1)
-    history = pd.read_csv(video / "outputs" / "history.csv")
+    _, before = run(EPOCHS=3, FINE_TUNE_EPOCHS=fine_tune)
     (video / "labels.csv").write_text(
         "id,count\n" + "".join(f"{i},{c if i <= 16 else 90 - c}\n" for i, c in zip(before["id"], before["true"]))
     )
     for frame in (17, 18, 19, 20):
         (video / f"frames/frames/seq_{frame:06d}.jpg").write_bytes((video / "frames/frames/seq_000001.jpg").read_bytes())
-    _, after = run(EPOCHS=3, FINE_TUNE_EPOCHS=1)
+    _, after = run(EPOCHS=3, FINE_TUNE_EPOCHS=fine_tune)
     train = before["split"] == "train"
     assert train.sum() == 16
-    same = pd.read_csv(video / "outputs" / "history.csv")
-    assert (history["loss"] == same["loss"])[:3].all(), "to the last digit before gradients of convolutions are summed by threads"
-    np.testing.assert_allclose(before["predicted"][train], after["predicted"][train], atol=1e-4)
+    assert ((before["predicted"] - after["predicted"]).abs() <= tolerance)[train].all()
     assert (before["true"] != after["true"])[~train].all()
     assert (before["predicted"] != after["predicted"])[~train].any(), "the exchanged frames are seen"
 

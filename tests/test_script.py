@@ -251,7 +251,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_digits(tmp_path):
         return float(done.stdout.split()[1])
 
     seconds = launch("undisturbed", kills=0, limit=0)
-    launch("disturbed", kills=20, limit=0.4 * seconds)
+    launch("disturbed", kills=20, limit=0.5 * seconds)
     for name in ("predictions.csv", "history.csv"):
         undisturbed, disturbed = (pd.read_csv(video / outputs / name) for outputs in ("undisturbed", "disturbed"))
         assert undisturbed.equals(disturbed), name
