@@ -5,8 +5,7 @@
 Reads      labels.csv                            id,count: how many people each frame shows
            frames/frames/seq_000001.jpg ...      the frames of one fixed camera
 Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 frames in, counts out
-           outputs/metrics.json, predictions.csv, history.csv
-           outputs/predictions.png, loss.png
+           outputs/metrics.json, predictions.csv, predictions.png, history.csv, loss.png
 
 Shapes, from frames to counts (T = SEQUENCE_LENGTH, H x W = FRAME_SIZE, F = features of a frame):
 
@@ -53,18 +52,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import KernelCenterer, StandardScaler
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-with open(os.devnull, "w") as null:  # TensorFlow writes start-up lines before it reads that level
-    stderr = os.dup(2)
-    os.dup2(null.fileno(), 2)
+with open(os.devnull, "w") as null, os.fdopen(os.dup(2), "w") as stderr:
+    os.dup2(null.fileno(), 2)  # TensorFlow writes start-up lines before it reads that level
     try:
         import keras
         from keras import layers, ops
     finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-
+        os.dup2(stderr.fileno(), 2)
 logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of each new size of batch
-
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -82,23 +77,21 @@ TRAIN_FRACTION = 0.8  # first part of the video trains, the rest validates; 0.4 
 
 # -- Backbone: frozen ResNet50 -------------------------------------------------------------------------
 WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random
-# Layers of ResNet50 and the grid (rows, columns) that each is summarised over: where something is tells how far it
-# is. As published: FRAME_SIZE = (224, 224) and FEATURE_LAYERS = {"conv5_block3_out": (1, 1)}
+# Layers of ResNet50 and the grid (rows, columns) each is summarised over: where people are tells their size.
+# As published: FRAME_SIZE = (224, 224) and FEATURE_LAYERS = {"conv5_block3_out": (1, 1)}
 FEATURE_LAYERS = {"conv5_block3_out": (1, 1)}
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}  # fmt: skip
-FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}  # random weights
+FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}
 AUGMENT = 1  # jittered copies of each training frame: other light, a nudged camera; 0 saves their time
 PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where it is at least 1.5 x as fast
 FRAME_BATCH = 8  # frames ResNet50 sees at once; less memory with fewer, no faster on a CPU with more
 CACHE_FEATURES = True  # False: all windows pass ResNet50 in every epoch, as published; no better, far slower
 
-# -- Regression and head: features -> an estimate for each frame -> LSTM over the window -> count --------
+# -- Regression, head and training: features -> estimate of each frame -> LSTM over a window -> count -----
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of ridge regression; cross-validation in training frames picks
 ESTIMATE_NOISE = 0.1  # in standard deviations of the count; with more, the LSTM heeds earlier frames more
 LSTM_UNITS = 16  # more for longer windows, or where neighbouring frames tell much of each other
-
-# -- Training ------------------------------------------------------------------------------------------
 BATCH_SIZE = 64  # windows in a training step; 4 with CACHE_FEATURES = False, which holds 5 frames for each
 EPOCHS = 50  # passes over the training windows; fewer for a quick look
 LEARNING_RATE = 5e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss rises
@@ -108,7 +101,7 @@ SEED = 0  # another seed, another model: publish mean and standard deviation ove
 TOLERANCE = 0.20  # a count within this share of the truth is accurate
 COUNT = None  # a folder of new frames to count with the model in OUTPUTS, instead of training
 COUNTED_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # the files counted there
-UNFAMILIAR = 1.05  # new frames this many times as far from the average frame as any training frame are marked
+UNFAMILIAR = 1.05  # new frames are marked from this distance on; the furthest training frame has 1
 
 
 class InputError(ValueError):
@@ -124,15 +117,13 @@ def check_constants():
     """Raises InputError for a constant whose wrong value would fail late or obscurely."""
     def is_whole(value, least=1):
         return isinstance(value, numbers.Integral) and least <= value < 2**32
-
     def is_grid(value):
         return isinstance(value, tuple) and len(value) == 2 and all(map(is_whole, value))
 
     checks = [("FRAME_SIZE", is_grid(FRAME_SIZE) and min(FRAME_SIZE) >= 32, "(height, width), 32 or more")]
-    for name in ("SEQUENCE_LENGTH", "FRAME_BATCH", "LSTM_UNITS", "BATCH_SIZE", "EPOCHS"):
-        checks.append((name, is_whole(globals()[name]), "a whole number, 1 or more"))
-    for name in ("AUGMENT", "SEED"):
-        checks.append((name, is_whole(globals()[name], least=0), f"a whole number from 0 to {2**32 - 1}"))
+    for name in ("SEQUENCE_LENGTH", "FRAME_BATCH", "LSTM_UNITS", "BATCH_SIZE", "EPOCHS", "AUGMENT", "SEED"):
+        least = 0 if name in ("AUGMENT", "SEED") else 1
+        checks.append((name, is_whole(globals()[name], least), f"a whole number from {least} to {2**32 - 1}"))
     for name in ("TRAIN_FRACTION", "ESTIMATE_NOISE", "LEARNING_RATE", "TOLERANCE"):
         fine = isinstance(globals()[name], numbers.Real) and 0 <= globals()[name] < 1
         checks.append((name, fine, "a number from 0 to below 1"))
@@ -210,8 +201,7 @@ def read_labels(path):
             else:
                 table = read_csv(path)
     except Exception as error:  # SciPy and pandas raise many kinds for a damaged file
-        remedy = "give a CSV whose first line is id,count, or mall_gt.mat"
-        raise InputError(f"{path}: no readable labels ({error}); {remedy}") from None
+        raise InputError(f"{path}: no readable labels ({error}); its first line must be id,count") from None
     if table.empty:
         raise InputError(f"{path}: no labels; give one row id,count for each frame")
     values = table.apply(pd.to_numeric, errors="coerce").astype(float)
@@ -232,8 +222,8 @@ def find_frames(ids):
     names = [f"seq_{frame:06d}.jpg" for frame in ids]
     missing = [name for name in names if name not in present]
     if missing:
-        problem = f"{len(missing)} of {len(names)} labelled frames are missing ({shorten(', '.join(missing), 60)})"
-        raise InputError(f"{folder}: {problem}; add them or delete their labels, or set FRAMES to their folder")
+        problem = f"{len(missing)} of {len(ids)} labelled frames are missing: {shorten(str(missing), 60)}"
+        raise InputError(f"{folder}: {problem}; add them, delete their labels, or set FRAMES to their folder")
     if len(present) > len(names):
         print(f"{len(present) - len(names)} frames in {folder} have no label and are ignored.")
     return [folder / name for name in names]
@@ -248,7 +238,7 @@ def check_frames(paths):
                 image.load()
                 return "" if image.mode[0] not in "IF" else f"{image.mode} pixels; convert it to 8 bits"
         except Exception as error:  # a damaged file makes Pillow raise many kinds
-            return str(error)
+            return str(error) or type(error).__name__
 
     with ThreadPoolExecutor() as pool:
         damaged = [f"{path.name}: {what}" for path, what in zip(paths, pool.map(damage, paths)) if what]
@@ -258,16 +248,15 @@ def check_frames(paths):
 
 
 def jitter(image, rng):
-    """The scene of an image in other light (brightness, contrast, saturation by up to 15%, each colour by up to 5%),
+    """The scene of an image in other light (brightness, contrast, saturation by up to 15%, colours by 5%) and
     from a nudged camera (by up to 2% of the width, zoom by up to 3%); an image of the same size."""
     zoom = rng.uniform(0.97, 1.03)
     left, top = rng.uniform(-0.02, 0.02, 2) * image.width + np.array(image.size) * (1 - zoom) / 2
-    view = (zoom, 0, left, 0, zoom, top)
-    image = image.transform(image.size, Image.Transform.AFFINE, view, Image.Resampling.BILINEAR)
+    matrix = (zoom, 0, left, 0, zoom, top)
+    image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(rng.uniform(0.85, 1.15))
-    gains = rng.uniform(0.95, 1.05, 3)
-    return Image.fromarray(np.clip(np.asarray(image) * gains, 0, 255).astype("uint8"))
+    return Image.fromarray(np.clip(image * rng.uniform(0.95, 1.05, 3), 0, 255).astype("uint8"))
 
 
 class Frames:
@@ -287,13 +276,13 @@ class Frames:
         with Image.open(self.paths[row]) as image:
             image = ImageOps.exif_transpose(image).convert("RGB")
         image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
-        return np.asarray(image if row < self.first_copy else jitter(image, np.random.default_rng((SEED, row))))
+        is_copy = row >= self.first_copy
+        return np.asarray(jitter(image, np.random.default_rng((SEED, row))) if is_copy else image)
 
 
 def make_windows(ids, length):
-    """Row numbers of the window that ends at each frame: (N, length).
-    Windows never cross a gap in the ids: where frames are missing before the target, the oldest frame of its
-    unbroken run repeats."""
+    """Row numbers of the window that ends at each frame: (N, length). None crosses a gap in the ids: where
+    frames are missing before the target, the oldest frame of its unbroken run repeats."""
     rows = np.arange(len(ids))
     run_start = np.maximum.accumulate(np.where(np.diff(ids, prepend=ids[0] - 1) != 1, rows, 0))
     return np.maximum(rows[:, None] + np.arange(1 - length, 1), run_start[:, None])
@@ -325,8 +314,8 @@ class WindowSequence(keras.utils.Sequence):
 
 # == Model =================================================================================================
 def load_resnet50():
-    """ResNet50 without its top, with WEIGHTS: (model, what its weights are, whether they are random). He et al.,
-    "Deep residual learning for image recognition", CVPR 2016. Raises InputError when WEIGHTS does not fit."""
+    """ResNet50 without its top, with WEIGHTS: (model, what its weights are, whether they are random). He et
+    al., "Deep residual learning for image recognition", CVPR 2016. Raises InputError for an unfit file."""
     def build(weights):
         keras.utils.set_random_seed(SEED)  # the same random weights whatever happened before
         return keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(*FRAME_SIZE, 3))
@@ -342,11 +331,9 @@ def load_resnet50():
     except Exception as error:  # h5py and Keras raise many kinds, a bare Exception when a download fails
         if WEIGHTS != "imagenet":
             raise InputError(f"{at(WEIGHTS)}: no weights of Keras's ResNet50 without top ({error})") from None
-        print(
-            f"Warning: no ImageNet weights ({shorten(str(error), 200)}). Random ones, which count worse, take their",
-            "place. Download resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5 elsewhere and set WEIGHTS to its path.",
-            file=sys.stderr,
-        )
+        name, reason = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5", shorten(str(error), 200)
+        remedy = f"download {name} elsewhere and set WEIGHTS to its path"
+        print(f"Warning: no ImageNet weights ({reason}); random ones count worse: {remedy}.", file=sys.stderr)
         return build(None), "random (the ImageNet weights could not be downloaded)", True
 
 
@@ -359,12 +346,11 @@ def calibrate(resnet, frames):
 
 
 def fold_batchnorm(resnet):
-    """The same network with each BatchNorm, now constant, folded into the convolution before it: faster. Only a
+    """The same network with each BatchNorm, now constant, folded into the convolution before it: faster. A
     layer *_conv, read on its own, comes out another: normalised. Jacob et al., "Quantization and training of
-    neural networks for efficient integer-arithmetic-only inference", CVPR 2018, section 3.2."""
+    neural networks for efficient integer-arithmetic-only inference", CVPR 2018."""
     def is_norm(layer):
         return isinstance(layer, layers.BatchNormalization)
-
     def skip_norms(layer, x, **options):
         return x if is_norm(layer) else layer(x, **options)
 
@@ -401,7 +387,7 @@ def build_backbone(resnet, grids):
 
 
 def set_precision(model, precision):
-    """Lets the ResNet50 in model compute in "float32" or "bfloat16"; its weights and all else stay float32."""
+    """Lets the ResNet50 in model compute in "float32" or "bfloat16"; weights and all else stay float32."""
     for layer in model.get_layer("resnet50").layers:
         layer.dtype_policy = "float32" if precision == "float32" else "mixed_bfloat16"
     model.predict_function = None  # it was traced in the precision of before
@@ -424,21 +410,20 @@ def choose_precision(model, frame):
 def fit_regression(features, counts):
     """Ridge regression of counts (M,) on the features (M * (1 + AUGMENT), F) of training frames, then copies.
     Saunders et al., "Ridge regression learning algorithm in dual variables", ICML 1998: one matrix of inner
-    products serves every fit. The penalty is the one of PENALTIES that does best on fifths of the video left out
-    in turn, with their copies: neighbouring frames show the same people. At most 5,000 rows are used, evenly.
-    Returns (model: features (F,) -> estimate of the count and distance from the mean training frame, 1 for the
-    furthest of them (2,); mean absolute error on the fifths left out)."""
+    products serves every fit. The penalty is the one of PENALTIES that does best on fifths of the video left
+    out in turn, with their copies: neighbouring frames show the same people. At most 5,000 rows are used.
+    Returns (model: features (F,) -> estimate of the count and distance from the mean training frame, with 1
+    for the furthest of them (2,); mean absolute error on the fifths left out)."""
     rows = np.arange(len(features))[:: -(-len(features) // 5000)]
     frame_of_row, mean_count = rows % len(counts), counts.mean()
     scaler = StandardScaler(copy=False)
     scaled = scaler.fit_transform(features[rows])  # (rows, F)
     products = (scaled @ scaled.T / scaled.shape[1]).astype("float64")  # 1 on average along the diagonal
     ridge = make_pipeline(KernelCenterer(), KernelRidge(kernel="precomputed"))
-    penalties, folds = np.multiply(PENALTIES, len(rows)), GroupKFold(min(5, len(counts)))
-    search = GridSearchCV(ridge, {"kernelridge__alpha": penalties}, scoring="neg_mean_absolute_error", cv=folds)
+    alphas, folds = np.multiply(PENALTIES, len(rows)), GroupKFold(min(5, len(counts)))
+    search = GridSearchCV(ridge, {"kernelridge__alpha": alphas}, cv=folds, scoring="neg_mean_absolute_error")
     search.fit(products, counts[frame_of_row] - mean_count, groups=frame_of_row * 5 // len(counts))
     coefficients = scaled.T @ search.best_estimator_[-1].dual_coef_ / scaled.shape[1]  # (F,)
-
     inputs = keras.Input((scaled.shape[1],), name="features")
     standardise, dense = layers.Normalization(), layers.Dense(1, name="estimate")
     z = standardise(inputs)
@@ -487,8 +472,7 @@ def stored_outputs(path, shape):
 def predict_frames(model, frames, folder=None):
     """Runs each of the frames (N, H, W, 3) through model once: outputs (N, ...). Each 8 batches are stored in
     folder, where one is given: interrupted work goes on with those it was at."""
-    interval = 0.1 if sys.stdout.isatty() else 20
-    progress = keras.utils.Progbar(len(frames), unit_name="frame", interval=interval)
+    bar = keras.utils.Progbar(len(frames), unit_name="frame", interval=0.1 if sys.stdout.isatty() else 20)
     outputs = []
     with ThreadPoolExecutor(2) as decoders:  # decode while the model computes
         for rows in np.split(np.arange(len(frames)), range(8 * FRAME_BATCH, len(frames), 8 * FRAME_BATCH)):
@@ -499,20 +483,20 @@ def predict_frames(model, frames, folder=None):
                 parts = []
                 for batch in decoders.map(frames.__getitem__, batches):
                     parts.append(ops.convert_to_numpy(model.predict_on_batch(batch)))
-                    progress.add(len(batch))
+                    bar.add(len(batch))
                 stored = np.concatenate(parts)
                 if folder:
                     publish(folder, {path.name: lambda path: np.savez(path, outputs=stored)})
             else:
-                progress.add(len(rows))
+                bar.add(len(rows))
             outputs.append(stored)
     return np.concatenate(outputs)
 
 
 def extract_features(paths, n_train, cache):
-    """Runs the frames, and AUGMENT jittered copies of the first n_train, through ResNet50 once; what the folder
-    cache holds is used again where nothing that it depends on has changed. Returns (backbone, frames and copies,
-    their features (N + AUGMENT * n_train, F), facts for metrics.json)."""
+    """Runs the frames, and AUGMENT jittered copies of the first n_train, through ResNet50 once; what the
+    folder cache holds is used again where nothing that it depends on has changed. Returns (backbone, frames
+    and copies, their features (N + AUGMENT * n_train, F), facts for metrics.json)."""
     resnet, weights, is_random = load_resnet50()
     grids = FEATURE_LAYERS_RANDOM if is_random else FEATURE_LAYERS
     try:
@@ -545,20 +529,18 @@ def extract_features(paths, n_train, cache):
 
 
 def train(model, training, validation):
-    """Trains for EPOCHS epochs; returns the history, a row for each.
-    Validation frames are watched, never used: no early stopping, no best epoch, a fixed schedule."""
+    """Trains for EPOCHS epochs; returns the history, a row for each. Validation frames are watched, never
+    used: no early stopping, no best epoch, a fixed schedule."""
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
     model.compile(keras.optimizers.Adam(schedule), loss="mse", metrics=["mae"])  # XLA: 10 x slower on a CPU
-    # The Sequence shuffles; Keras would deal its batches by a random state of its own.
     options = {"epochs": EPOCHS, "shuffle": False, "verbose": 1 if sys.stdout.isatty() else 2}
-    history = pd.DataFrame(model.fit(training, validation_data=validation, **options).history)
-    return history.set_index(pd.RangeIndex(1, EPOCHS + 1, name="epoch"))
+    history = model.fit(training, validation_data=validation, **options).history  # the Sequence shuffles
+    return pd.DataFrame(history, index=pd.RangeIndex(1, EPOCHS + 1, name="epoch"))
 
 
 # == Evaluation ============================================================================================
 def measure(true, predicted):
-    """Metrics of counts (M,): mae in people, mse, rmse and accuracy, the share within TOLERANCE of the truth; a true
-    0 asks for a prediction that rounds to 0."""
+    """Metrics of counts (M,). Accuracy is the share within TOLERANCE; a true 0 asks for a rounded 0."""
     accurate = np.where(true == 0, np.round(predicted) == 0, np.abs(predicted - true) <= TOLERANCE * true)
     mae, mse = float(mean_absolute_error(true, predicted)), float(mean_squared_error(true, predicted))
     return {"mae": mae, "mse": mse, "rmse": mse**0.5, "accuracy": float(accurate.mean())}
@@ -571,34 +553,30 @@ def draw_figures(history, held_out, title):
     curves = history[["loss", "val_loss"]].set_axis(["training", "validation"], axis=1)
     sns.lineplot(curves, ax=axes).set(yscale="log", xlabel="Epoch", ylabel="Mean squared error (people²)")
     loss.suptitle(title, fontsize="small")
-    predictions, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2), layout="constrained")
+    both, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2), layout="constrained")
     sns.scatterplot(held_out, x="true", y="predicted", s=18, alpha=0.6, ax=left)
     for slope in (1 - TOLERANCE, 1, 1 + TOLERANCE):
         left.axline((0, 0), slope=slope, color="0.6", linewidth=1)
     left.set(xlabel=f"True count (lines: exact, {TOLERANCE:.0%} off)", ylabel="Predicted count (people)")
     sns.lineplot(held_out.set_index("id")[["true", "predicted"]], dashes=False, linewidth=1, ax=right)
     right.set(xlabel="Frame", ylabel="People")
-    predictions.suptitle(title, fontsize="small")
-    return {"loss.png": loss, "predictions.png": predictions}
+    both.suptitle(title, fontsize="small")
+    return {"loss.png": loss, "predictions.png": both}
 
 
 def save_results(outputs, model, history, table, facts):
-    """Metrics and figures of the validation frames and the model: all files at once, then the summary.
-    table: a row for each frame, in order: id, split, true, predicted. facts: what metrics.json tells besides."""
+    """Metrics and figures of the validation frames and the model: all files at once, then the summary. table:
+    a row for each frame, in order: id, split, true, predicted. facts: what metrics.json tells besides."""
     trained_on, held_out = (table[table["split"] == split] for split in ("train", "validation"))
     metrics = measure(held_out["true"], held_out["predicted"])
     baseline = measure(held_out["true"], np.full(len(held_out), trained_on["true"].mean()))
-    title = f"Validation frames {held_out['id'].min()}-{held_out['id'].max()}, ResNet50 weights: {facts['weights']}\n"
-    title = title.replace("$", r"\$") + "MAE {mae:.2f}, MSE {mse:.2f}, accuracy {accuracy:.1%}".format(**metrics)
-    figures = draw_figures(history, held_out, title)  # a dollar alone would begin mathematics
-    report = metrics | facts | {
-        "baseline_mae": baseline["mae"],
-        "train_frames": len(trained_on),
-        "validation_frames": len(held_out),
-        "constants": {name: value for name, value in globals().items() if name.isupper() and name != "ROOT"},
-        "versions": {library.__name__: library.__version__ for library in (keras, np, pd, sklearn)},
-        "python": sys.version,
-    }  # fmt: skip
+    title = f"Validation frames {held_out['id'].min()}-{held_out['id'].max()}, weights: {facts['weights']}\n"
+    title += "MAE {mae:.2f}, MSE {mse:.2f}, accuracy {accuracy:.1%}".format(**metrics)
+    figures = draw_figures(history, held_out, title.replace("$", r"\$"))  # it would begin mathematics
+    constants = {name: value for name, value in globals().items() if name.isupper() and name != "ROOT"}
+    versions = {library.__name__: library.__version__ for library in (keras, np, pd, sklearn)}
+    report = metrics | {"train_frames": len(trained_on), "validation_frames": len(held_out), **facts}
+    report |= {"baseline": baseline, "python": sys.version, "versions": versions, "constants": constants}
     publish(outputs, {
         "ts_crowdnet.keras": model.save,
         "history.csv": history.to_csv,
@@ -607,7 +585,7 @@ def save_results(outputs, model, history, table, facts):
         **{name: figure.savefig for name, figure in figures.items()},
     })  # fmt: skip
     scores = pd.DataFrame({"this model": metrics, "mean count": baseline})
-    scores.index = ["MAE, people", "MSE, people squared", "RMSE, people", f"within {TOLERANCE:.0%} of the truth"]
+    scores.index = ["MAE, people", "MSE, people squared", "RMSE, people", f"share within {TOLERANCE:.0%}"]
     print(f"\nOn the validation frames:\n{scores.round(3).to_string()}\nResults: {outputs}")
     if metrics["mae"] >= baseline["mae"]:
         print("That is no better than always saying the mean of the training counts. Likely reasons: too few")
@@ -623,16 +601,15 @@ def find_footage(folder):
         raise InputError(f"{folder}: no frames to count there; put {', '.join(COUNTED_TYPES)} files into it")
     if len(frames) < len(visible):
         print(f"{len(visible) - len(frames)} other files in {folder} are ignored.")
-    digits = re.compile(r"(\d+)")
-    return sorted(frames, key=lambda path: [int(t) if t.isdecimal() else t for t in digits.split(path.name)])
+    parts = re.compile(r"(\d+)").split
+    return sorted(frames, key=lambda path: [int(t) if t.isdecimal() else t for t in parts(path.name)])
 
 
 def count_people(model, frames):
     """Counts the people in new frames of the camera that a model was trained on. Raises InputError.
-    model: path of a ts_crowdnet.keras, or the loaded model.
-    frames: a folder, its images taken in the order of the numbers in their names, or paths in order of time.
-    Returns a DataFrame indexed by file name: count, in people, and unfamiliar: whether the frame looks like none
-    that the model was trained on, so that its count means little."""
+    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, its images taken in the order
+    of the numbers in their names, or paths in order of time. Returns a DataFrame indexed by file name: count,
+    in people, and unfamiliar, whether the frame looks like no training frame: its count means little."""
     if isinstance(frames, (str, Path)):
         frames = find_footage(Path(frames).expanduser())
     paths = [Path(path).expanduser() for path in frames]
@@ -660,10 +637,10 @@ def count_folder():
     with lock(outputs):
         table = count_people(outputs / "ts_crowdnet.keras", at(COUNT))
         publish(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
-    print(f"{table['count'].mean():.1f} people a frame, {table['count'].max():.1f} at most: {outputs / 'counts.csv'}")
-    unfamiliar = shorten(", ".join(table.index[table["unfamiliar"]]), 60)
-    if unfamiliar:
-        print(f"{table['unfamiliar'].sum()} frames look like no training frame; doubt their counts: {unfamiliar}")
+    print(f"{table['count'].mean():.1f} people a frame on average: {outputs / 'counts.csv'}")
+    names = shorten(", ".join(table.index[table["unfamiliar"]]), 60)
+    if names:
+        print(f"{table['unfamiliar'].sum()} frames look like no training frame; doubt their counts: {names}")
 
 
 # == Main ==================================================================================================
@@ -677,18 +654,17 @@ def main():
     ids, counts = labels.index.to_numpy(), labels.to_numpy()
     n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
     if not 1 < n_train < n or n < SEQUENCE_LENGTH:
-        remedy = f"add frames, or change TRAIN_FRACTION = {TRAIN_FRACTION} or SEQUENCE_LENGTH = {SEQUENCE_LENGTH}"
-        raise InputError(f"{at(LABELS)}: {n} frames are too few; {remedy}")
+        settings = f"TRAIN_FRACTION = {TRAIN_FRACTION} and SEQUENCE_LENGTH = {SEQUENCE_LENGTH}"
+        raise InputError(f"{at(LABELS)}: {n} frames are too few for {settings}; add frames or change these")
     paths = find_frames(ids)
     print(f"{n} frames: the first {n_train} train, the last {n - n_train} validate.")
     if b"synthetic mall sample" in paths[0].read_bytes():
         print("They are the rendered sample, no real people: the README says how to put Mall in its place.")
-
     outputs = at(OUTPUTS)
     with lock(outputs):
         backbone, frames, features, facts = extract_features(paths, n_train, outputs / "cache")
-        of_training = np.concatenate([features[:n_train], features[n:]])  # (n_train * (1 + AUGMENT), F)
-        regression, left_out_mae = fit_regression(of_training, counts[:n_train])
+        training_features = np.delete(features, np.s_[n_train:n], axis=0)  # (n_train * (1 + AUGMENT), F)
+        regression, left_out_mae = fit_regression(training_features, counts[:n_train])
         print(f"Ridge regression: MAE {left_out_mae:.2f} on fifths of the training frames left out in turn.")
         estimates = regression.predict(features[:n], batch_size=256, verbose=0)[:, :1]  # (N, 1)
 
@@ -718,8 +694,8 @@ def run_as_script():
     except InputError as error:
         sys.exit(" ".join(f"Error: {error}".split()))
     except OSError as error:
-        path, problem = error.filename or at(OUTPUTS), error.strerror or error
-        sys.exit(f"Error: {path}: {problem}; free space or correct the path, then run again")
+        path = error.filename or at(OUTPUTS)
+        sys.exit(f"Error: {path}: {error.strerror or error}; free space or correct the path, then run again")
 
 
 if __name__ == "__main__":
