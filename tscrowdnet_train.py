@@ -43,7 +43,6 @@ import numpy as np
 import pandas as pd
 import scipy.io
 import seaborn as sns
-import sklearn
 from PIL import Image, ImageEnhance, ImageOps  # Pillow comes with matplotlib
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import mean_absolute_error, mean_squared_error
@@ -64,7 +63,6 @@ try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
-
 ROOT = Path(__file__).resolve().parent
 
 # -- Data: relative paths start at this script's folder ------------------------------------------------
@@ -574,7 +572,7 @@ def save_results(outputs, model, history, table, facts):
     title += "MAE {mae:.2f}, MSE {mse:.2f}, accuracy {accuracy:.1%}".format(**metrics)
     figures = draw_figures(history, held_out, title.replace("$", r"\$"))  # it would begin mathematics
     constants = {name: value for name, value in globals().items() if name.isupper() and name != "ROOT"}
-    versions = {library.__name__: library.__version__ for library in (keras, np, pd, sklearn)}
+    versions = {library.__name__: library.__version__ for library in (keras, np, pd)}
     report = metrics | {"train_frames": len(trained_on), "validation_frames": len(held_out), **facts}
     report |= {"baseline": baseline, "python": sys.version, "versions": versions, "constants": constants}
     publish(outputs, {

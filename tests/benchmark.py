@@ -1,68 +1,76 @@
-"""Speed and memory of the whole run, beside the published original and the limits of the machine.
+"""Speed and memory of the whole run, beside one pass of Keras's own ResNet50 and the published original.
 
-    python tests/benchmark.py [FOLDER] [--frames 2000] [--growth 200] [--trained]
+    python tests/benchmark.py [--frames 2000] [--growth 200 1600]
 
-FOLDER (default: the sample) holds labels.csv and frames/frames; its frames are repeated to --frames.
-Weights are random; with --trained they come from a file, so that READ_OUT is what ResNet50 is read at, as with
-ImageNet's (their values do not change the work), and growth and the original are left out. Prints one table; every
-run is a process of its own, and peak memory is that process's, page cache of mapped files included.
+The sample's frames are repeated to --frames; the weights come from a file, so that ResNet50 is read at FEATURE_LAYERS, as with
+ImageNet's (its values are random, which does not change the work). Prints a table in Markdown; every run is a process of
+its own, and peak memory is that process's.
 """
 
 import argparse
-import itertools
 import json
 import os
+import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["MPLBACKEND"] = "agg"
-SCRIPT = Path(__file__).resolve().parents[1] / "tscrowdnet_train.py"
-sys.path.insert(0, str(SCRIPT.parent))
 
+import keras
 import numpy as np
 import pandas as pd
+from keras import layers
 
 import tscrowdnet_train as ts
-from tscrowdnet_train import keras, layers, ops
+
+SCRIPT = Path(ts.__file__)
 
 
-def median_seconds(work, repeats=5):
-    """Median time of work(), after one call that is not counted."""
-    work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def repeat_video(source, folder, frames, weights=None):
-    """A video of as many frames as asked for: links to those of source, over and over."""
-    labels = pd.read_csv(source / "labels.csv")
+def repeat_video(folder, frames, **constants):
+    """The script with constants edited, and the sample repeated to that many frames, by hard links."""
+    source = SCRIPT.parent / "frames" / "frames"
     (folder / "frames" / "frames").mkdir(parents=True)
-    counts = []
-    for frame, row in zip(range(1, frames + 1), itertools.cycle(labels.itertuples())):
-        (folder / "frames" / "frames" / f"seq_{frame:06d}.jpg").symlink_to(source / "frames" / "frames" / f"seq_{row.id:06d}.jpg")
-        counts.append(row.count)
-    pd.DataFrame({"id": range(1, frames + 1), "count": counts}).to_csv(folder / "labels.csv", index=False)
-    (folder / SCRIPT.name).write_text(re.sub(r"(?m)^WEIGHTS = .*$", f"WEIGHTS = {weights!r}", SCRIPT.read_text()))
+    counts = pd.read_csv(SCRIPT.parent / "labels.csv")["count"]
+    for frame in range(frames):
+        os.symlink(source / f"seq_{frame % len(counts) + 1:06d}.jpg", folder / "frames" / "frames" / f"seq_{frame + 1:06d}.jpg")
+    labels = pd.DataFrame({"id": np.arange(1, frames + 1), "count": np.resize(counts, frames)})
+    labels.to_csv(folder / "labels.csv", index=False)
+    text = SCRIPT.read_text()
+    for name, value in constants.items():
+        text = re.sub(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
+    (folder / SCRIPT.name).write_text(text)
     return folder
 
 
 def run_script(folder):
-    """Runs the script in folder: (seconds, seconds by phase, peak memory in MiB, MAE)."""
+    """(seconds in all, seconds until the first progress, seconds of extraction, peak memory in MiB) of a run."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, SCRIPT.name], cwd=folder, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-u", SCRIPT.name], cwd=folder, stdout=subprocess.PIPE, text=True)
+    said = {}
+    for line in process.stdout:
+        for sign in ("frames: the first", "reads", "Ridge"):
+            if sign in line:
+                said.setdefault(sign, time.perf_counter() - start)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
-    metrics = json.loads((folder / "outputs" / "metrics.json").read_text())
-    return time.perf_counter() - start, metrics["seconds"], usage.ru_maxrss / 1024, metrics["mae"]
+    seconds = time.perf_counter() - start
+    return seconds, said["frames: the first"], said["Ridge"] - said["reads"], usage.ru_maxrss / 1024
+
+
+def median_seconds(step, repeats=5):
+    """The median time of a step, after a first one that traces and compiles."""
+    step()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))
 
 
 def published_original(size):
@@ -73,93 +81,70 @@ def published_original(size):
     x = layers.LSTM(512)(layers.TimeDistributed(resnet)(windows))
     model = keras.Model(windows, layers.Dense(1)(layers.Dense(256, activation="relu")(x)))
     model.compile("adam", "mse", jit_compile=False)
-    return model, resnet
+    return model
 
 
-def convolution_flops(model, read_out):
-    """Multiplications and additions of the convolutions up to a read-out layer, for one frame."""
-    part = keras.Model(model.input, [model.get_layer(name).output for name in read_out])
-    return sum(
-        2 * np.prod(layer.kernel.shape) * np.prod(layer.output.shape[1:3]) for layer in part.layers if isinstance(layer, layers.Conv2D)
-    )
-
-
-def measure_growth(source, folder, frames):
-    """Runs on 1, 2, 4 and 8 times the frames: lines of a table."""
-    lines = ["\n| frames | extraction, s | x | whole run, s | peak memory, MiB | features on disk, MiB |", "|---:|---:|---:|---:|---:|---:|"]
-    for times in (1, 2, 4, 8):
-        video = repeat_video(source, folder / f"x{times}", times * frames)
-        seconds, phases, memory, _ = run_script(video)
-        extraction = phases["extract features"]
-        if times == 1:
-            base = extraction
-        disk = next((video / "outputs").glob("features-*")).stat().st_size / 2**20
-        lines.append(f"| {times * frames} | {extraction:.1f} | {extraction / base:.2f} | {seconds:.1f} | {memory:.0f} | {disk:.0f} |")
-    return lines
+def processor():
+    """The machine's name, and whether it has units for bfloat16."""
+    try:
+        info = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    units = [flag for flag in ("amx_bf16", "avx512_bf16") if flag in info]
+    return f"{re.search('model name.*: (.*)', info)[1]}, {os.cpu_count()} cores, bfloat16 units: {', '.join(units) or 'none'}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=SCRIPT.parent)
     parser.add_argument("--frames", type=int, default=2000)
-    parser.add_argument("--growth", type=int, default=200)
-    parser.add_argument("--trained", action="store_true")
+    parser.add_argument("--growth", type=int, nargs=2, default=(200, 1600))
     options = parser.parse_args()
-    source, n, rows = options.folder.resolve(), options.frames, []
-    read_out, weights = (ts.READ_OUT, "resnet50.weights.h5") if options.trained else (ts.READ_OUT_RANDOM, None)
+    n, size = options.frames, ts.FRAME_SIZE
+    print(f"{n} frames of {size[1]}x{size[0]}, 50 epochs; {processor()}; Keras {keras.__version__}\n\n| | seconds | |\n|---|---:|---|")
+
+    def row(name, seconds, note):
+        print(f"| {name} | {seconds:.1f} | {note} |", flush=True)
+
     with tempfile.TemporaryDirectory() as folder:
-        # First: a child's peak memory starts at its parent's.
-        growth = [] if options.trained else measure_growth(source, Path(folder), options.growth)
-        video = repeat_video(source, Path(folder) / "video", n, weights)
-        if weights:
-            keras.applications.ResNet50(include_top=False, weights=None).save_weights(video / weights)
-        first, phases, memory, mae = run_script(video)
-        second, again, _, same = run_script(video)
-        assert same == mae, "features from the disk changed the result"
-        by_phase = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in phases.items())
-        rows.append(("whole run", first, f"{memory:.0f} MiB at most; {by_phase}"))
-        rows.append(("second run, features on disk", second, f"{second / first:.0%} of the first"))
+        folder = Path(folder)
+        weights = folder / "resnet50.weights.h5"
+        code = f"import keras; keras.applications.ResNet50(include_top=False, weights=None).save_weights({str(weights)!r})"
+        subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+        runs = {}
+        for name, constants in (("AUGMENT = 0", {"AUGMENT": 0}), ("default AUGMENT", {})):
+            runs[name] = repeat_video(folder / name, n, WEIGHTS=str(weights), **constants)
+            runs[name] = (runs[name], *run_script(runs[name]))
+        precision = json.loads((runs["default AUGMENT"][0] / "outputs" / "metrics.json").read_text())["precision"]
 
-        model = keras.saving.load_model(video / "outputs" / "ts_crowdnet.keras", compile=False)
-        backbone, _ = ts.split_model(model)
-        paths = sorted((video / "frames" / "frames").iterdir())[:256]
-        pixels = ts.Frames(np.array(paths), ts.FRAME_SIZE)[np.arange(8)]
-        per_frame = median_seconds(lambda: backbone.predict_on_batch(pixels)) / 8
-        note = f"whole run is {first / (per_frame * n):.2f} x this"
-        rows.append(("backbone over the same frames, read-out included", per_frame * n, note))
+        pixels = ts.Frames(sorted((SCRIPT.parent / "frames" / "frames").iterdir()), size)[np.arange(8)].astype("float32")
+        plain = keras.applications.ResNet50(include_top=False, weights=None, pooling="avg", input_shape=(*size, 3))
+        keras_pass = median_seconds(lambda: plain.predict_on_batch(pixels)) / 8 * n
+        row("one pass of Keras's own ResNet50, float32", keras_pass, f"{keras_pass / n * 1000:.0f} ms a frame")
+        for name, (video, whole, first_sign, extraction, memory) in runs.items():
+            row(f"whole run, {name}, {precision}", whole, f"{whole / keras_pass:.2f} of that pass; {whole / extraction:.2f} of its "
+                f"extraction ({extraction:.1f}); first progress after {first_sign:.1f}; {memory:.0f} MiB at most")  # fmt: skip
+        video, whole, _, extraction, _ = runs["default AUGMENT"]
+        again = run_script(video)[0]
+        row("second run, features on disk", again, f"{again / whole:.2f} of the first")
+        rate = n * (1 + 0.8 * ts.AUGMENT) / extraction
         start = time.perf_counter()
-        ts.count_people(model, paths)
-        counted = (time.perf_counter() - start) / len(paths)
-        note = f"{1 / counted:.1f} frames/s, {per_frame / counted:.2f} frames a backbone pass"
-        rows.append(("counting new frames with the saved model", counted * n, note))
-
-        resnet = backbone.get_layer("resnet50")
-        averages = [layers.GlobalAveragePooling2D()(stage) for stage in resnet.outputs]  # whole maps take time to hand over
-        resnet = keras.Model(resnet.input, averages)
-        floats = pixels.astype("float32")
-        bare = median_seconds(lambda: resnet.predict_on_batch(floats)) / 8
-        square = ops.ones((2048, 2048))
-        matmul = 2 * 2048**3 / median_seconds(lambda: ops.convert_to_numpy(ops.matmul(square, square)[0, 0]))
-        flops = convolution_flops(resnet, read_out)
-        rate = f"{flops / bare / 1e9:.0f} GFLOP/s of the machine's {matmul / 1e9:.0f} in matrix multiplication"
-        rows.append((f"ResNet50 up to {list(read_out)[-1]} alone", bare * n, rate))
-
-        for size in () if options.trained else ((224, 224), ts.FRAME_SIZE):
-            original, resnet = published_original(size)
-            windows = np.random.default_rng(0).uniform(0, 255, (16, 5, *size, 3)).astype("float32")
-            counts = np.ones((16, 1))
-            step = median_seconds(lambda: original.train_on_batch(windows, counts), repeats=2)
-            test = median_seconds(lambda: original.test_on_batch(windows, counts), repeats=2)
-            whole = median_seconds(lambda: resnet.predict_on_batch(windows[:8, 0])) / 8
-            rows.append((f"all of ResNet50, each frame once, {size[0]}x{size[1]}", whole * n, f"{1 / whole:.1f} frames/s"))
+        ts.count_people(video / "outputs" / "ts_crowdnet.keras", video / "frames" / "frames")
+        counting = time.perf_counter() - start
+        row("counting the frames with the saved model", counting, f"{n / counting:.1f} frames/s, {n / counting / rate:.2f} of the extraction's rate")
+        for shape in ((224, 224), size):
+            model = published_original(shape)
+            windows = np.random.default_rng(0).uniform(0, 255, (16, 5, *shape, 3)).astype("float32")
+            step = median_seconds(lambda: model.train_on_batch(windows, np.ones((16, 1))), repeats=2)
+            test = median_seconds(lambda: model.test_on_batch(windows, np.ones((16, 1))), repeats=2)
             epochs = 50 * (step * np.ceil(0.8 * n / 16) + test * np.ceil(0.2 * n / 16))
-            note = f"{step:.1f} s a training step; whole run is {epochs / first:.0f} x faster"
-            rows.append((f"published original, 50 epochs, {size[0]}x{size[1]} (extrapolated)", epochs, note))
-
-        print(f"\n| {n} frames of {ts.FRAME_SIZE[1]}x{ts.FRAME_SIZE[0]}, {os.cpu_count()} CPU cores | seconds | |\n|---|---:|---|")
-        for name, seconds, note in rows:
-            print(f"| {name} | {seconds:.1f} | {note} |")
-        print("\n".join(growth))
+            row(f"published original, {shape[0]}x{shape[1]}, extrapolated from its steps", epochs, f"{epochs / whole:.0f} x the whole run")
+        grown = []
+        for frames in options.growth:
+            _, _, extraction, memory = run_script(repeat_video(folder / f"growth {frames}", frames, WEIGHTS=str(weights)))
+            grown.append((extraction, memory))
+            row(f"extraction of {frames} frames and copies", extraction, f"{memory:.0f} MiB at most")
+        times, memories = (later / earlier for earlier, later in zip(*grown))
+        print(f"\n{options.growth[1] / options.growth[0]:.0f} x the frames: {times:.2f} x the time, {memories:.2f} x the memory.")
 
 
 if __name__ == "__main__":

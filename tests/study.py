@@ -1,120 +1,134 @@
-"""What each part of the model is worth: blocked cross-validation on a video of one's own.
+"""What each part of the model is worth, on a video of one's own.
 
-    python tests/study.py FOLDER [--seeds 3] [--schemes interleaved contiguous] [--rows ROW ...]
+    python tests/study.py FOLDER [--resnet50 FILE.py] [--other NAME=FRAMES ...] [--seeds 1] [--rows ROW ...]
 
-FOLDER holds labels.csv and frames/frames. Every statistic (empty scene, BatchNorm, penalty, feature and
-target scaling) is fitted to the training part of each fold. Two schemes, because neighbouring frames
-show the same people and a random split would reward memory:
+FOLDER holds labels.csv and frames/frames. Two schemes, because neighbouring frames show the same people and folds dealt out
+among each other reward memory; believe what both say:
 
-interleaved   blocks of 40 frames dealt out to 5 folds, 5 frames left out on either side
-contiguous    5 folds of one stretch each, 5 frames left out on either side: counts and light never seen
+later     the first half trains, the second is counted; and again as the folders of --other show it, frames of the same
+          names in other light or from a nudged camera, say
+folds     10 stretches, each counted by a model of the others, 5 frames left out on either side
 
-Weights are random. Prints one line for each row: mean and standard deviation over seeds of MAE and MSE.
+Weights are random, but for those that ResNet50() of FILE.py returns with weights="imagenet". Prints a row for each change: mean
+over the seeds of MAE / MSE, and the standard deviation of the MAE where there are several.
 """
 
 import argparse
 import contextlib
+import importlib.util
 import io
+import os
 import sys
 import tempfile
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import keras
 import numpy as np
 
 import tscrowdnet_train as ts
 
-BLOCK, MARGIN, FOLDS = 40, 5, 5
-ROWS = {  # name: constants that differ from the script's, or (lower case) another way through it
+MARGIN, FOLDS = 5, 10
+ROWS = {  # name: constants and functions of the script that differ; LSTM: whether there is one
     "default": {},
     "1 frame instead of 5": {"SEQUENCE_LENGTH": 1},
-    "read-out alone, no LSTM": {"head": False},
-    "no noise on the estimates": {"ESTIMATE_NOISE": 0.0},
-    "features weigh alike, not views": {"views": "joined"},
-    "without the share covered": {"views": [0, 1]},
-    "without any foreground": {"views": [0]},
-    "grid 3 x 4": {"READ_OUT_RANDOM": {"conv1_relu": (3, 4)}},
-    "one average for the whole frame": {"READ_OUT_RANDOM": {"conv1_relu": (1, 1)}},
-    "conv2_block1_out added": {"READ_OUT_RANDOM": {"conv1_relu": (6, 8), "conv2_block1_out": (3, 4)}},
-    "share covered on a 6 x 8 grid": {"FOREGROUND": (6, 8)},
-    "share covered on a 24 x 32 grid": {"FOREGROUND": (24, 32)},
+    "ridge regression alone, no LSTM": {"LSTM": False},
+    "no jittered copies": {"AUGMENT": 0},
+    "no channel normalisation": {"normalise": lambda frames: keras.applications.resnet50.preprocess_input(ts.ops.cast(frames, "float32"))},
+    "every stage averaged over the frame": {"grids": (1, 1)},
+    "last stage alone": {"grids": None},
 }
 
 
-def folds(scheme, frames):
-    """Yields (training rows, validation rows) of each fold."""
-    rows = np.arange(frames)
-    fold = rows // BLOCK % FOLDS if scheme == "interleaved" else rows * FOLDS // frames
-    for k in range(FOLDS):
-        near = np.convolve(fold == k, np.ones(2 * MARGIN + 1), "same") > 0
-        yield rows[~near], rows[fold == k]
+def settings(row):
+    """The script's constants and functions for a row."""
+    changes = {name: value for name, value in row.items() if name not in ("grids", "LSTM")}
+    if "grids" in row:
+        for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
+            layers = getattr(ts, name)
+            changes[name] = dict.fromkeys(layers, (1, 1)) if row["grids"] else {list(layers)[-1]: (1, 1)}
+    return changes
 
 
-def fold_features(frames, train, cache, folder):
-    """(features of all frames (N, F), size of each view) from a random backbone fitted to the training rows."""
-    key = ts.fingerprint(train, ts.READ_OUT_RANDOM, ts.SEED, ts.FOREGROUND, ts.FRAME_SIZE)
-    if key not in cache:
-        backbone, *_ = ts.prepare_backbone(frames, train)
-        cache[key] = ts.extract_features(backbone, frames, folder / f"{key}.float32"), ts.view_sizes(backbone)
-    return cache[key]
-
-
-def predict_fold(row, features, views, windows, counts, train, validate, folder):
-    """Counts of the validation rows by a read-out and a head trained on the training rows."""
-    if row.get("views") == "joined":
-        views = [sum(views)]
-    elif "views" in row:
-        parts = np.split(features, np.cumsum(views)[:-1], axis=1)
-        features = np.concatenate([parts[view] for view in row["views"]], axis=1)
-        views = [views[view] for view in row["views"]]
-    readout = ts.build_readout(features[train], counts[train], views)
-    estimates = readout.predict(features, verbose=0)
-    if not row.get("head", True):
-        return estimates[validate, 0] * counts[train].std() + counts[train].mean()
-    ts.keras.utils.set_random_seed(ts.SEED)
+def predict(row, features, counts, ids, train, tests):
+    """Counts of each of tests, features (M, F) of stretches of frames, by a model of the training rows."""
+    copies = [train + len(counts) * (copy + 1) for copy in range(ts.AUGMENT)]
+    regression, _ = ts.fit_regression(features[np.concatenate([train, *copies])], counts[train])
+    tests = [regression.predict(test, batch_size=256, verbose=0)[:, :1] for test in tests]
+    if not row.get("LSTM", True):
+        return [np.maximum(test[:, 0], 0) for test in tests]
+    estimates = regression.predict(features[: len(counts)], batch_size=256, verbose=0)[:, :1]
+    keras.utils.set_random_seed(ts.SEED)
     head = ts.build_head(counts[train])
-    checkpoint = folder / "checkpoint.npz"
-    checkpoint.unlink(missing_ok=True)
-    training = ts.WindowSequence(estimates, windows[train], counts[train, None], ts.BATCH_SIZE, shuffle=True)
-    ts.train(head, training, None, checkpoint, ts.EPOCHS, ts.LEARNING_RATE)
-    return head.predict(ts.WindowSequence(estimates, windows[validate], counts[validate, None], ts.BATCH_SIZE), verbose=0)[:, 0]
+    windows = ts.make_windows(ids, ts.SEQUENCE_LENGTH)
+    training = ts.WindowSequence(estimates, windows[train], counts[train, None], shuffle=True)
+    ts.train(head, training, ts.WindowSequence(estimates, windows[:1], counts[:1, None]))
+    return [head.predict(test[ts.make_windows(np.arange(len(test)), ts.SEQUENCE_LENGTH)], verbose=0)[:, 0] for test in tests]
+
+
+def measure_row(row, labels, others, folder):
+    """{column: (MAE, MSE)} of a row, with the script's constants as they are."""
+    paths, counts, ids = ts.find_frames(labels.index), labels.to_numpy(), labels.index.to_numpy()
+    n, half = len(counts), len(counts) // 2
+    key = repr((ts.SEED, ts.AUGMENT, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
+    if key not in measure_row.features:
+        backbone, _, features, facts = ts.extract_features(paths, n, folder / "cache")
+        ts.set_precision(backbone, facts["precision"])
+        seen = {name: ts.predict_frames(backbone, ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE))
+                for name, other in others.items()}  # fmt: skip
+        measure_row.features = {key: (features, seen)}
+    features, seen = measure_row.features[key]
+
+    conditions = {"later": features[half:n]} | seen
+    predicted = predict(row, features, counts, ids, np.arange(half), conditions.values())
+    scores = {name: ts.measure(counts[half:], counted) for name, counted in zip(conditions, predicted)}
+    counted = np.empty(n)
+    for fold in np.array_split(np.arange(n), FOLDS):
+        train = np.flatnonzero((np.arange(n) < fold[0] - MARGIN) | (np.arange(n) > fold[-1] + MARGIN))
+        (counted[fold],) = predict(row, features, counts, ids, train, [features[fold]])
+    scores["folds"] = ts.measure(counts, counted)
+    return {name: (score["mae"], score["mse"]) for name, score in scores.items()}
+
+
+measure_row.features = {}  # of the last row: neighbouring rows share them
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--schemes", nargs="+", default=["interleaved", "contiguous"])
+    parser.add_argument("--resnet50", type=Path)
+    parser.add_argument("--other", nargs="*", default=[])
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     options = parser.parse_args()
     ts.ROOT, ts.WEIGHTS = options.folder.resolve(), None
-    defaults = {name: value for name, value in vars(ts).items() if name.isupper()}
+    if options.resnet50:
+        spec = importlib.util.spec_from_file_location("resnet50", options.resnet50)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        keras.applications.ResNet50, ts.WEIGHTS = module.ResNet50, "imagenet"
+    others = {name: Path(path) for name, path in (other.split("=", 1) for other in options.other)}
     labels = ts.read_labels(ts.at(ts.LABELS))
-    frames = ts.Frames(ts.find_frames(labels.index)[0], ts.FRAME_SIZE)
-    counts = labels.to_numpy()
-    print("| change | " + " | ".join(f"{scheme}: MAE | MSE" for scheme in options.schemes) + " |")
-    print("|---|" + "---|---|" * len(options.schemes))
+    defaults = {name: getattr(ts, name) for name in [name for name in vars(ts) if name.isupper()] + ["normalise"]}
+    columns = ["later", *others, "folds"]
+    print("| change | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns), flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        cache = {}
         for name in options.rows:
-            row, cells = ROWS[name], []
-            for scheme in options.schemes:
-                scores = []
-                for seed in range(options.seeds):
-                    for constant, value in (defaults | row | {"SEED": seed}).items():
-                        if constant.isupper():
-                            setattr(ts, constant, value)
-                    windows = ts.make_windows(labels.index.to_numpy(), ts.SEQUENCE_LENGTH)
-                    predicted = np.empty(len(counts))
-                    with contextlib.redirect_stdout(io.StringIO()):
-                        for train, validate in folds(scheme, len(counts)):
-                            features, views = fold_features(frames, train, cache, Path(folder))
-                            data = (features, views, windows, counts)
-                            predicted[validate] = predict_fold(row, *data, train, validate, Path(folder))
-                    scores.append([np.abs(predicted - counts).mean(), np.square(predicted - counts).mean()])
-                mean, deviation = np.mean(scores, axis=0), np.std(scores, axis=0)
-                cells += [f"{mean[0]:.2f} ± {deviation[0]:.2f}", f"{mean[1]:.2f} ± {deviation[1]:.2f}"]
+            scores = []
+            for seed in range(options.seeds):
+                for constant, value in defaults.items():
+                    setattr(ts, constant, value)
+                for constant, value in (settings(ROWS[name]) | {"SEED": seed}).items():
+                    setattr(ts, constant, value)
+                with contextlib.redirect_stdout(io.StringIO()):
+                    scores.append(measure_row(ROWS[name], labels, others, Path(folder)))
+            cells = []
+            for column in columns:
+                maes, mses = zip(*(score[column] for score in scores))
+                spread = f" ± {np.std(maes):.2f}" if len(maes) > 1 else ""
+                cells.append(f"{np.mean(maes):.2f}{spread} / {np.mean(mses):.2f}")
             print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
