@@ -14,7 +14,7 @@ Shapes, from frames to counts (T = SEQUENCE_LENGTH, H x W = FRAME_SIZE, F = feat
     3. windows of estimates (batch, T, 1) --head: LSTM, trained for EPOCHS--> counts (batch, 1)
     4. saved model: windows (batch, T, H, W, 3) --TimeDistributed(1, 2)--> (batch, T, 1) --3--> (batch, 1)
 
-Change the constants below and run again; an interrupted run goes on where it stopped.
+Change the constants below and run again; an interrupted run keeps the features that it has.
 """
 
 import contextlib
@@ -47,8 +47,7 @@ from PIL import Image, ImageEnhance, ImageOps  # Pillow comes with matplotlib
 from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import mean_absolute_error, mean_squared_error
 from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import KernelCenterer, StandardScaler
+from sklearn.preprocessing import StandardScaler
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with open(os.devnull, "w") as null, os.fdopen(os.dup(2), "w") as stderr:
@@ -77,20 +76,19 @@ TRAIN_FRACTION = 0.8  # first part of the video trains, the rest validates; 0.4 
 WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random
 # Layers of ResNet50 and the grid (rows, columns) each is summarised over: where people are tells their size.
 # As published: FRAME_SIZE = (224, 224) and FEATURE_LAYERS = {"conv5_block3_out": (1, 1)}
-FEATURE_LAYERS = {"conv5_block3_out": (1, 1)}
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}  # fmt: skip
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}
 AUGMENT = 1  # jittered copies of each training frame: other light, a nudged camera; 0 saves their time
 PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where it is at least 1.5 x as fast
 FRAME_BATCH = 8  # frames ResNet50 sees at once; less memory with fewer, no faster on a CPU with more
-CACHE_FEATURES = True  # False: all windows pass ResNet50 in every epoch, as published; no better, far slower
+CACHE_FEATURES = True  # False: fit passes all windows through ResNet50, as published; no better, far slower
 
 # -- Regression, head and training: features -> estimate of each frame -> LSTM over a window -> count -----
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of ridge regression; cross-validation in training frames picks
 ESTIMATE_NOISE = 0.1  # in standard deviations of the count; with more, the LSTM heeds earlier frames more
 LSTM_UNITS = 16  # more for longer windows, or where neighbouring frames tell much of each other
-BATCH_SIZE = 64  # windows in a training step; 4 with CACHE_FEATURES = False, which holds 5 frames for each
+BATCH_SIZE = 64  # windows in a training step; 4 where each brings its frames: CACHE_FEATURES = False
 EPOCHS = 50  # passes over the training windows; fewer for a quick look
 LEARNING_RATE = 5e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss rises
 SEED = 0  # another seed, another model: publish mean and standard deviation over several
@@ -126,9 +124,9 @@ def check_constants():
         fine = isinstance(globals()[name], numbers.Real) and 0 <= globals()[name] < 1
         checks.append((name, fine, "a number from 0 to below 1"))
     for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
-        fine = globals()[name] and all(map(is_grid, globals()[name].values()))
+        fine = isinstance(globals()[name], dict) and all(map(is_grid, globals()[name].values() or [None]))
         checks.append((name, fine, "{layer of ResNet50: (rows, columns), ...}, 1 or more of each"))
-    checks.append(("PENALTIES", PENALTIES and min(PENALTIES) > 0, "(number above 0, ...)"))
+    checks.append(("PENALTIES", isinstance(PENALTIES, tuple) and min(PENALTIES, default=0) > 0, "(above 0,)"))
     checks.append(("PRECISION", PRECISION in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"))
     for name, fine, remedy in checks:
         if not fine:
@@ -242,7 +240,7 @@ def check_frames(paths):
         damaged = [f"{path.name}: {what}" for path, what in zip(paths, pool.map(damage, paths)) if what]
     if damaged:
         problem = f"{len(damaged)} of {len(paths)} frames cannot be used: {'; '.join(damaged)}"
-        raise InputError(f"{paths[0].parent}: {problem}; replace them, or remove them and their labels")
+        raise InputError(f"{paths[0].parent}: {problem}; replace or remove them, and their labels")
 
 
 def jitter(image, rng):
@@ -322,7 +320,7 @@ def load_resnet50():
         return build(None), "random", True
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # Keras only warns of layers that a file has no weights for
+            warnings.simplefilter("error", UserWarning)  # Keras only warns of layers that have no weights
             if WEIGHTS == "imagenet":
                 return build("imagenet"), "imagenet", False
             return build(str(at(WEIGHTS))), Path(WEIGHTS).name, False
@@ -345,14 +343,14 @@ def calibrate(resnet, frames):
 
 def fold_batchnorm(resnet):
     """The same network with each BatchNorm, now constant, folded into the convolution before it: faster. A
-    layer *_conv, read on its own, comes out another: normalised. Jacob et al., "Quantization and training of
-    neural networks for efficient integer-arithmetic-only inference", CVPR 2018."""
+    *_conv read on its own gives what its BatchNorm gives. Jacob et al., "Quantization and training of neural
+    networks for efficient integer-arithmetic-only inference", CVPR 2018."""
     def is_norm(layer):
         return isinstance(layer, layers.BatchNormalization)
     def skip_norms(layer, x, **options):
         return x if is_norm(layer) else layer(x, **options)
-
     folded = keras.models.clone_model(resnet, call_function=skip_norms)
+    folded.set_weights([w for layer in resnet.layers if not is_norm(layer) for w in layer.get_weights()])
     for norm in filter(is_norm, resnet.layers):
         convolution = norm.name.removesuffix("bn") + "conv"
         kernel, bias = resnet.get_layer(convolution).get_weights()
@@ -413,15 +411,16 @@ def fit_regression(features, counts):
     Returns (model: features (F,) -> estimate of the count and distance from the mean training frame, with 1
     for the furthest of them (2,); mean absolute error on the fifths left out)."""
     rows = np.arange(len(features))[:: -(-len(features) // 5000)]
-    frame_of_row, mean_count = rows % len(counts), counts.mean()
+    frame, mean_count = rows % len(counts), counts.mean()
     scaler = StandardScaler(copy=False)
     scaled = scaler.fit_transform(features[rows])  # (rows, F)
     products = (scaled @ scaled.T / scaled.shape[1]).astype("float64")  # 1 on average along the diagonal
-    ridge = make_pipeline(KernelCenterer(), KernelRidge(kernel="precomputed"))
+    intercept = 1e3  # large in every product: each fit gets an intercept of its own, hardly penalised
     alphas, folds = np.multiply(PENALTIES, len(rows)), GroupKFold(min(5, len(counts)))
-    search = GridSearchCV(ridge, {"kernelridge__alpha": alphas}, cv=folds, scoring="neg_mean_absolute_error")
-    search.fit(products, counts[frame_of_row] - mean_count, groups=frame_of_row * 5 // len(counts))
-    coefficients = scaled.T @ search.best_estimator_[-1].dual_coef_ / scaled.shape[1]  # (F,)
+    ridge = KernelRidge(kernel="precomputed")
+    search = GridSearchCV(ridge, {"alpha": alphas}, cv=folds, scoring="neg_mean_absolute_error")
+    search.fit(products + intercept, counts[frame] - mean_count, groups=frame * 5 // len(counts))
+    dual = search.best_estimator_.dual_coef_  # (rows,)
     inputs = keras.Input((scaled.shape[1],), name="features")
     standardise, dense = layers.Normalization(), layers.Dense(1, name="estimate")
     z = standardise(inputs)
@@ -429,7 +428,8 @@ def fit_regression(features, counts):
     model = keras.Model(inputs, layers.Concatenate()([dense(z), distance]), name="regression")
     standardise.set_weights([scaler.mean_, np.square(scaler.scale_), np.zeros(())])
     standardise.finalize_state()
-    dense.set_weights([coefficients[:, None], np.array([mean_count])])
+    bias = np.array([mean_count + intercept * dual.sum()])
+    dense.set_weights([scaled.T @ dual[:, None] / scaled.shape[1], bias])
     return model, -search.best_score_
 
 
@@ -503,7 +503,8 @@ def extract_features(paths, n_train, cache):
         raise InputError(f"FEATURE_LAYERS{'_RANDOM' * is_random}: {shorten(str(error), 300)}") from None
     frames = Frames(paths, FRAME_SIZE, copies=AUGMENT * paths[:n_train])
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    code = [inspect.getsource(function) for function in (jitter, normalise, build_backbone)]
+    parts = (Frames, jitter, calibrate, fold_batchnorm, normalise, build_backbone)
+    code = [keras.__version__, keras.backend.backend(), *map(inspect.getsource, parts)]
     depends_on = (files, n_train, grids, FRAME_SIZE, FRAME_BATCH, AUGMENT, SEED, code)
     digest = hashlib.blake2b(repr(depends_on).encode(), digest_size=8)
     for array in resnet.get_weights():
@@ -530,7 +531,7 @@ def train(model, training, validation):
     """Trains for EPOCHS epochs; returns the history, a row for each. Validation frames are watched, never
     used: no early stopping, no best epoch, a fixed schedule."""
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
-    model.compile(keras.optimizers.Adam(schedule), loss="mse", metrics=["mae"])  # XLA: 10 x slower on a CPU
+    model.compile(keras.optimizers.Adam(schedule), loss="mse", metrics=["mae"])
     options = {"epochs": EPOCHS, "shuffle": False, "verbose": 1 if sys.stdout.isatty() else 2}
     history = model.fit(training, validation_data=validation, **options).history  # the Sequence shuffles
     return pd.DataFrame(history, index=pd.RangeIndex(1, EPOCHS + 1, name="epoch"))
@@ -599,12 +600,12 @@ def find_footage(folder):
         raise InputError(f"{folder}: no frames to count there; put {', '.join(COUNTED_TYPES)} files into it")
     if len(frames) < len(visible):
         print(f"{len(visible) - len(frames)} other files in {folder} are ignored.")
-    parts = re.compile(r"(\d+)").split
-    return sorted(frames, key=lambda path: [int(t) if t.isdecimal() else t for t in parts(path.name)])
+    split = re.compile(r"(\d+)").split
+    return sorted(frames, key=lambda path: [int(t) if t.isdecimal() else t for t in split(path.name)])
 
 
 def count_people(model, frames):
-    """Counts the people in new frames of the camera that a model was trained on. Raises InputError.
+    """Counts the people in new frames of the camera that a model was trained on. Raises InputError, OSError.
     model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, its images taken in the order
     of the numbers in their names, or paths in order of time. Returns a DataFrame indexed by file name: count,
     in people, and unfamiliar, whether the frame looks like no training frame: its count means little."""
@@ -651,19 +652,18 @@ def main():
     labels = read_labels(at(LABELS))
     ids, counts = labels.index.to_numpy(), labels.to_numpy()
     n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
-    if not 1 < n_train < n or n < SEQUENCE_LENGTH:
-        settings = f"TRAIN_FRACTION = {TRAIN_FRACTION} and SEQUENCE_LENGTH = {SEQUENCE_LENGTH}"
-        raise InputError(f"{at(LABELS)}: {n} frames are too few for {settings}; add frames or change these")
+    if not 1 < n_train < n:
+        raise InputError(f"{at(LABELS)}: {n} frames: too few for TRAIN_FRACTION {TRAIN_FRACTION}; add some")
     paths = find_frames(ids)
     print(f"{n} frames: the first {n_train} train, the last {n - n_train} validate.")
     if b"synthetic mall sample" in paths[0].read_bytes():
         print("They are the rendered sample, no real people: the README says how to put Mall in its place.")
     outputs = at(OUTPUTS)
     with lock(outputs):
-        backbone, frames, features, facts = extract_features(paths, n_train, outputs / "cache")
+        backbone, frames, features, facts = extract_features(paths, n_train, outputs / "feature_cache")
         training_features = np.delete(features, np.s_[n_train:n], axis=0)  # (n_train * (1 + AUGMENT), F)
         regression, left_out_mae = fit_regression(training_features, counts[:n_train])
-        print(f"Ridge regression: MAE {left_out_mae:.2f} on fifths of the training frames left out in turn.")
+        print(f"Ridge regression: MAE {left_out_mae:.2f} on fifths of training video and copies left out.")
         estimates = regression.predict(features[:n], batch_size=256, verbose=0)[:, :1]  # (N, 1)
 
         keras.utils.set_random_seed(SEED)

@@ -110,7 +110,6 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     ),
     "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv", "too few", "TRAIN_FRACTION"]),
     "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["too few"]),
-    "window longer than the video": (None, {"SEQUENCE_LENGTH": 21}, ["too few", "SEQUENCE_LENGTH = 21"]),
     "weight file missing": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
     "weight file no HDF5": (write("resnet.h5", b"404 not found"), {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
     "unknown layer": (None, {"FEATURE_LAYERS_RANDOM": {"conv9": (1, 1)}}, ["FEATURE_LAYERS_RANDOM", "conv9"]),
@@ -128,7 +127,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
         ("TRAIN_FRACTION", 1), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5), ("EPOCHS", -1),
         ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)),
         ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("ESTIMATE_NOISE", -1), ("ESTIMATE_NOISE", 1.5),
-        ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0), ("PENALTIES", (1e-3, 0)), ("PENALTIES", ()),
+        ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0), ("PENALTIES", (1e-3, 0)), ("PENALTIES", ()), ("PENALTIES", 1e-3), ("FEATURE_LAYERS", ["conv5_block3_out"]),
         ("AUGMENT", -1), ("AUGMENT", 0.5), ("FEATURE_LAYERS", {}), ("FEATURE_LAYERS_RANDOM", {"conv1_relu": 3}), ("PRECISION", "bf16"),
     ]  # fmt: skip
 }

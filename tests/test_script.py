@@ -44,7 +44,7 @@ def test_a_user_runs_the_script(video, tmp_path_factory):
     done = start(script, cwd=tmp_path_factory.mktemp("elsewhere"))
     assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
     outputs = video / "outputs"
-    assert {path.name for path in outputs.iterdir() if not path.name.startswith(".")} == RESULTS | {"cache"}
+    assert {path.name for path in outputs.iterdir() if not path.name.startswith(".")} == RESULTS | {"feature_cache"}
 
     metrics, table = results(outputs)
     labels = pd.read_csv(video / "labels.csv")
@@ -138,7 +138,7 @@ def stop(*_, **__):
 
 
 def test_features_are_used_again_only_where_nothing_changed(finished, constants, monkeypatch):
-    cache = finished / "outputs" / "cache"
+    cache = finished / "outputs" / "feature_cache"
     computed = []
     savez = np.savez
 
@@ -174,7 +174,7 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
 @pytest.mark.parametrize("damage", ["cut", "empty", "random", "flipped", "another shape", "missing"])
 def test_damaged_features_are_made_anew(finished, run, capsys, damage):
     _, expected = results(finished / "outputs")
-    part = sorted((finished / "outputs" / "cache").glob("*/*.npz"))[1]
+    part = sorted((finished / "outputs" / "feature_cache").glob("*/*.npz"))[1]
     data = bytearray(part.read_bytes())
     if damage == "missing":
         part.unlink()
@@ -281,7 +281,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_digits(tmp_path):
         return float(done.stdout.split()[1])
 
     seconds = launch("undisturbed", kills=0, limit=0)
-    launch("disturbed", kills=8, limit=seconds)
+    launch("disturbed", kills=6, limit=seconds)
     for name in ("predictions.csv", "history.csv"):
         undisturbed, disturbed = (pd.read_csv(video / outputs / name) for outputs in ("undisturbed", "disturbed"))
         assert undisturbed.equals(disturbed), name
