@@ -21,12 +21,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ["MPLBACKEND"] = "agg"
 
+import tscrowdnet_train as ts  # first: it silences TensorFlow's start-up
+
 import keras
 import numpy as np
 import pandas as pd
 from keras import layers
 
-import tscrowdnet_train as ts
 
 SCRIPT = Path(ts.__file__)
 

@@ -25,10 +25,11 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import tscrowdnet_train as ts  # first: it silences TensorFlow's start-up
+
 import keras
 import numpy as np
 
-import tscrowdnet_train as ts
 
 MARGIN, FOLDS = 5, 10
 ROWS = {  # name: constants and functions of the script that differ; LSTM: whether there is one
