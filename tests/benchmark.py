@@ -28,12 +28,11 @@ import numpy as np
 import pandas as pd
 from keras import layers
 
-
 SCRIPT = Path(ts.__file__)
 
 
 def repeat_video(folder, frames, **constants):
-    """The script with constants edited, and the sample repeated to that many frames, by hard links."""
+    """The script with constants edited, and the sample repeated to that many frames, by symbolic links."""
     source = SCRIPT.parent / "frames" / "frames"
     (folder / "frames" / "frames").mkdir(parents=True)
     counts = pd.read_csv(SCRIPT.parent / "labels.csv")["count"]
