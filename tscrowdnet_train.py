@@ -349,6 +349,7 @@ def fold_batchnorm(resnet):
         return isinstance(layer, layers.BatchNormalization)
     def skip_norms(layer, x, **options):
         return x if is_norm(layer) else layer(x, **options)
+
     folded = keras.models.clone_model(resnet, call_function=skip_norms)
     folded.set_weights([w for layer in resnet.layers if not is_norm(layer) for w in layer.get_weights()])
     for norm in filter(is_norm, resnet.layers):
@@ -467,9 +468,10 @@ def stored_outputs(path, shape):
             print(f"{path} is damaged ({error}) and will be made anew.")
 
 
-def predict_frames(model, frames, folder=None):
-    """Runs each of the frames (N, H, W, 3) through model once: outputs (N, ...). Each 8 batches are stored in
-    folder, where one is given: interrupted work goes on with those it was at."""
+def predict_frames(model, frames, precision, folder=None):
+    """Runs each of the frames (N, H, W, 3) through model once, its ResNet50 in precision: outputs (N, ...).
+    Each 8 batches are stored in folder, where one is given: interrupted work goes on with those it was at."""
+    set_precision(model, precision)
     bar = keras.utils.Progbar(len(frames), unit_name="frame", interval=0.1 if sys.stdout.isatty() else 20)
     outputs = []
     with ThreadPoolExecutor(2) as decoders:  # decode while the model computes
@@ -488,6 +490,7 @@ def predict_frames(model, frames, folder=None):
             else:
                 bar.add(len(rows))
             outputs.append(stored)
+    set_precision(model, "float32")
     return np.concatenate(outputs)
 
 
@@ -521,9 +524,7 @@ def extract_features(paths, n_train, cache):
         kept.mkdir(parents=True)
     precision = kept.name.partition("-")[2]
     print(f"ResNet50 ({weights}, {precision}) reads {len(paths)} frames, {len(frames) - len(paths)} copies:")
-    set_precision(backbone, precision)
-    features = predict_frames(backbone, frames, kept)
-    set_precision(backbone, "float32")
+    features = predict_frames(backbone, frames, precision, kept)
     return backbone, frames, features, {"weights": weights, "precision": precision}
 
 
@@ -621,9 +622,8 @@ def count_people(model, frames):
         raise InputError(f"{model}: no model written by this script ({error}); train one first") from None
     length, height, width = model.input_shape[1:4]
     frames = Frames(paths, (height, width))
-    set_precision(per_frame, choose_precision(per_frame, frames[[0]]))
-    estimates, distances = np.split(predict_frames(per_frame, frames), 2, axis=1)  # (N, 1) each
-    set_precision(per_frame, "float32")
+    precision = choose_precision(per_frame, frames[[0]])
+    estimates, distances = np.split(predict_frames(per_frame, frames, precision), 2, axis=1)  # (N, 1)
     windows = estimates[make_windows(np.arange(len(paths)), length)]  # (N, T, 1)
     counts = head.predict(windows, batch_size=BATCH_SIZE, verbose=0)[:, 0]
     names = pd.Index([path.name for path in paths], name="frame")

@@ -76,9 +76,10 @@ def measure_row(row, labels, others, folder):
     key = repr((ts.SEED, ts.AUGMENT, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
     if key not in measure_row.features:
         backbone, _, features, facts = ts.extract_features(paths, n, folder / "cache")
-        ts.set_precision(backbone, facts["precision"])
-        seen = {name: ts.predict_frames(backbone, ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE))
-                for name, other in others.items()}  # fmt: skip
+        seen = {}
+        for name, other in others.items():
+            frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
+            seen[name] = ts.predict_frames(backbone, frames, facts["precision"])
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 
