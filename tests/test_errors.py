@@ -83,7 +83,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "id a name": (labels("id,count\nseq_1,2\n"), {}, ["row 2", "id", "'seq_1'"]),
     "many bad rows": (labels("id,count\n1,a\n2,b\n3,c\n"), {}, ["row 2", "3 such rows"]),
     "bad row after blank lines": (labels("\r\n\nid,count\n1,5\n2,b\n"), {}, ["row 5", "'b'"]),
-    "rows longer than the header": (labels("id,count\n1,5,6\n2,3,4\n"), {}, ["labels.csv", "id,count"]),
+    "rows longer than the header": (labels("id,count\n1,5,6\n2,3,4\n"), {}, ["labels.csv", "line 2"]),
     "no .mat file": (None, MAT, ["mall_gt.mat", "no such file"]),
     ".mat without count": (mat(frame=np.zeros(3)), MAT, ["mall_gt.mat", "'count'"]),
     ".mat with text for count": (mat(count="many"), MAT, ["mall_gt.mat", "count"]),

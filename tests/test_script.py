@@ -65,7 +65,7 @@ def test_a_user_runs_the_script(video, tmp_path_factory):
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-5), name
     assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
-    assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["left_out_mae"] > 0
+    assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["cv_mae"] > 0
     assert metrics["versions"]["keras"] == keras.__version__ and metrics["python"] == sys.version
     constants = {name for name in re.findall(r"^([A-Z_]+) = ", SCRIPT.read_text(), re.MULTILINE)} - {"ROOT"}
     assert set(metrics["constants"]) == constants
@@ -327,6 +327,6 @@ def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
     fsync, replace = os.fsync, os.replace
     monkeypatch.setattr(ts.os, "fsync", lambda file: events.append("fsync") or fsync(file))
     monkeypatch.setattr(ts.os, "replace", lambda *paths: events.append("replace") or replace(*paths))
-    ts.publish(tmp_path, {name: lambda path: path.write_text("content") for name in ("a", "b")})
+    ts.write_files(tmp_path, {name: lambda path: path.write_text("content") for name in ("a", "b")})
     assert events == ["fsync", "fsync", "replace", "replace"]
     check_whole(tmp_path)
