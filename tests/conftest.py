@@ -4,19 +4,24 @@ import json
 import os
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import keras
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from keras.src.applications import resnet
 from PIL import Image
 
 import tscrowdnet_train as ts
 
+RESNET50 = keras.applications.ResNet50
 TINY = {
     "FRAME_SIZE": (48, 64),
     "WEIGHTS": None,
@@ -35,6 +40,17 @@ def pytest_configure(config):
         "ignore:.*np.object.*:FutureWarning",  # Keras's names of NumPy types
     ):
         config.addinivalue_line("filterwarnings", warning)
+
+
+def shallow_resnet50(include_top, weights, input_shape):
+    """The first 11 layers of ResNet50, as random as the whole: a second less to build for each run of the script."""
+    if weights is not None:
+        return RESNET50(include_top=include_top, weights=weights, input_shape=input_shape)
+
+    def first_block(x):
+        return resnet.stack_residual_blocks_v1(x, 64, 1, stride1=1, name="conv2")
+
+    return resnet.ResNet(first_block, False, True, name="resnet50", include_top=False, weights=None, input_shape=input_shape)
 
 
 def make_video(folder, frames=20, size=(64, 48), seed=0):
@@ -87,8 +103,15 @@ def constants(video, monkeypatch):
             monkeypatch.setattr(ts, name, value)
 
     monkeypatch.setattr(ts, "ROOT", video)
+    monkeypatch.setattr(keras.applications, "ResNet50", shallow_resnet50)
     change()
-    return change
+    yield change
+    plt.close("all")
+
+
+@pytest.fixture
+def whole_resnet50(constants, monkeypatch):
+    monkeypatch.setattr(keras.applications, "ResNet50", RESNET50)
 
 
 @pytest.fixture
@@ -110,7 +133,10 @@ def first_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (TINY | {"ROOT": folder}).items():
             patch.setattr(ts, name, value)
+        patch.setattr(keras.applications, "ResNet50", shallow_resnet50)
+        start = time.monotonic()
         ts.main()
+    (folder / "seconds").write_text(str(time.monotonic() - start))
     return folder
 
 

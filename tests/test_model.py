@@ -13,6 +13,7 @@ from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
 import tscrowdnet_train as ts
+from conftest import RESNET50
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def frames(video, constants):
 
 def random_resnet(outputs, seed=0):
     """ResNet50 read at outputs, with BatchNorm statistics as training would leave them: any."""
-    resnet, *_ = ts.load_resnet50()
+    resnet = RESNET50(include_top=False, weights=None, input_shape=(*ts.FRAME_SIZE, 3))
     rng = np.random.default_rng(seed)
     for layer in resnet.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
@@ -147,13 +148,25 @@ def test_few_frames_can_be_fitted(frames):
     assert np.isfinite(found).all()
 
 
-def test_long_videos_are_thinned_and_keep_frames_and_counts_together(monkeypatch):
-    monkeypatch.setattr(ts, "PENALTIES", (1e-4,))
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 50, 2600).astype(float)
-    features = np.column_stack([np.tile(counts, 2), rng.normal(0, 1, (5200, 2))])
-    _, error, found = fitted(features, counts)
-    assert error < 0.5 and np.abs(found[:2600, 0] - counts).max() < 1
+def test_long_videos_are_thinned_evenly_and_keep_frames_and_counts_together(monkeypatch):
+    counts = np.random.default_rng(0).permutation(3000).astype(float)  # of the 6,000 rows, 5,000 are used
+
+    class Search:
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self, kernel, counts, groups):
+            Search.seen = kernel, counts, groups
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ts, "GridSearchCV", Search)
+    with pytest.raises(KeyboardInterrupt):
+        ts.fit_regression(np.tile(counts, 2)[:, None].astype("float32"), counts)
+    kernel, kept, groups = Search.seen
+    assert kernel.shape == (5000, 5000) and len(set(kept)) >= 2500
+    z = (kept - kept.mean()) / kept.std()
+    np.testing.assert_allclose(kernel[0], z[0] * z, atol=1e-3)
+    assert [round((groups == block).mean(), 2) for block in range(5)] == [0.2] * 5
 
 
 def test_distance_is_1_for_the_furthest_training_frame():
@@ -239,7 +252,7 @@ def test_nothing_is_fitted_to_validation_frames(finished, run):
     assert (before["predicted"] != after["predicted"])[~train].all(), "the exchanged frames are seen"
 
 
-def test_the_published_read_out_runs(run):
+def test_the_published_read_out_runs(run, whole_resnet50):
     """The README's recipe of the published original: one layer, one average; here of small frames."""
     metrics, table = run(FRAME_SIZE=(64, 64), FEATURE_LAYERS_RANDOM={"conv5_block3_out": (1, 1)})
     assert table["predicted"].notna().all() and metrics["mae"] > 0

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -34,51 +35,84 @@ def edited_copy(folder, **constants):
     return folder / SCRIPT.name
 
 
-def start(script, cwd, **environment):
+def start(arguments, cwd, **environment):
     environment = os.environ | {"MPLBACKEND": "agg"} | environment
-    return subprocess.run([sys.executable, script], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-def test_a_user_runs_the_script(video, tmp_path_factory):
-    script = edited_copy(video, **TINY)
-    done = start(script, cwd=tmp_path_factory.mktemp("elsewhere"))
-    assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
-    outputs = video / "outputs"
-    assert {path.name for path in outputs.iterdir() if not path.name.startswith(".")} == RESULTS | {"feature_cache"}
+FORK = """
+import os, random, resource, signal, sys, time
+sys.path[:0] = [{tests!r}, {root!r}]
+import tscrowdnet_train as ts
+from conftest import TINY, check_whole, shallow_resnet50
+from pathlib import Path
 
-    metrics, table = results(outputs)
-    labels = pd.read_csv(video / "labels.csv")
-    assert list(table.columns) == ["id", "split", "true", "predicted"]
-    assert table["id"].tolist() == labels["id"].tolist() and table["true"].tolist() == labels["count"].tolist()
-    assert table["split"].tolist() == ["train"] * 16 + ["validation"] * 4
+for name, value in TINY.items():
+    setattr(ts, name, value)
+ts.ROOT = Path({video!r})
+ts.keras.applications.ResNet50 = shallow_resnet50
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the script does
+moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"], 0, 1
+while kills < 7 or status:
+    kind = signals[kills % 4] if kills < 7 else None
+    room = int(10 ** moments.uniform(2, 6))
+    child = os.fork()  # imports are done: every moment of the child's life is the script's work
+    if not child:
+        if kind == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            ts.run_as_script()
+        except SystemExit as stop:
+            print(stop.code, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    end = time.monotonic() + (moments.uniform(0.3, 1) * {seconds} if kind and kind != "full disk" else 1e6)
+    done = 0
+    while not done and time.monotonic() < end:
+        time.sleep(0.01)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        os.kill(child, kind)
+        _, status = os.waitpid(child, 0)
+    kills += not done or kind == "full disk"
+    check_whole(ts.at(ts.OUTPUTS))
+print("finished")
+"""
 
-    held_out = table[table["split"] == "validation"]
-    error = held_out["predicted"] - held_out["true"]
-    expected = {
-        "mae": error.abs().mean(),
-        "mse": (error**2).mean(),
-        "rmse": (error**2).mean() ** 0.5,
-        "accuracy": (error.abs() <= 0.2 * held_out["true"]).mean(),
-        "train_frames": 16,
-        "validation_frames": 4,
+
+@pytest.fixture(scope="module", autouse=True)
+def processes(request, first_run, tmp_path_factory):
+    """{test: (its folder, its process, to be waited for)}: one after another beside the tests of this module, for
+    those of the tests at its end that were asked for."""
+    user, bad, killed = (make_video(tmp_path_factory.mktemp(name)) for name in ("user", "bad", "killed"))
+    (bad / "labels.csv").unlink()
+    alone = tmp_path_factory.mktemp("alone")
+    shutil.copy(SCRIPT, alone)
+    code = "import signal, tscrowdnet_train as ts; print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler)"
+    names = {"tests": str(SCRIPT.parent / "tests"), "root": str(SCRIPT.parent), "video": str(killed)}
+    fork = FORK.format(**names, seconds=(first_run / "seconds").read_text())
+    runs = {
+        "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, ["-c", fork]),
+        "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)]),
+        "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),
+        "test_importing_does_nothing": (alone, ["-B", "-c", code]),
     }
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-5), name
-    assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
-    assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["cv_mae"] > 0
-    assert metrics["versions"]["keras"] == keras.__version__ and metrics["python"] == sys.version
-    constants = {name for name in re.findall(r"^([A-Z_]+) = ", SCRIPT.read_text(), re.MULTILINE)} - {"ROOT"}
-    assert set(metrics["constants"]) == constants
+    chosen = {item.name for item in request.session.items}
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            test: (folder, pool.submit(start, arguments, alone))
+            for test, (folder, arguments) in runs.items()
+            if test in chosen
+        }
+        pool.shutdown(cancel_futures=True)
 
-    for name in ("MAE", "MSE", "RMSE"):
-        said = re.search(rf"^{name},.*", done.stdout, re.MULTILINE)[0]
-        assert float(said.split()[-2]) == pytest.approx(metrics[name.lower()], abs=6e-4)
-    history = pd.read_csv(outputs / "history.csv")
-    assert history["epoch"].tolist() == [1, 2] and {"loss", "val_loss"} <= set(history.columns)
-    for name in RESULTS:
-        if name.endswith(".png"):
-            with Image.open(outputs / name) as image:
-                assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
+
+@pytest.fixture
+def beside(request, processes):
+    """Waits for the process of a test: its folder, and what became of it."""
+    folder, run = processes[request.node.name]
+    return lambda: (folder, run.result())
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -91,36 +125,22 @@ def test_other_backends_give_the_same_metrics(video, backend):
     maes = []
     for name in (keras.backend.backend(), backend):
         script = edited_copy(video, **TINY | same | {"OUTPUTS": name})
-        done = start(script, cwd=video, KERAS_BACKEND=name)
+        done = start([script], cwd=video, KERAS_BACKEND=name)
         assert done.returncode == 0, done.stderr
         maes.append(json.loads((video / name / "metrics.json").read_text())["mae"])
     assert maes[1] == pytest.approx(maes[0], rel=0.01)
-
-
-def test_one_line_and_exit_status_1(video):
-    (video / "labels.csv").unlink()
-    done = start(edited_copy(video, **TINY), cwd=video)
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
-    assert not (video / "outputs").exists()
-
-
-def test_importing_does_nothing(tmp_path):
-    shutil.copy(SCRIPT, tmp_path)
-    code = "import signal, tscrowdnet_train as ts; print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler)"
-    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.split() == ["50", "True"] and done.stderr == ""
-    assert [path.name for path in tmp_path.iterdir()] == [SCRIPT.name]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_ctrl_c_ends_the_process_quietly_while_libraries_are_imported(video):
     """At moments from its start on: Python itself takes the first tenths of a second."""
     script = edited_copy(video, **TINY)
-    for seconds in (0.3, 0.8, 1.6, 3.0):
-        process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        time.sleep(seconds)
+    start = time.monotonic()
+    processes = [subprocess.Popen([sys.executable, script], stdout=-1, stderr=-1, text=True) for _ in range(4)]
+    for seconds, process in zip((0.3, 0.8, 1.6, 3.0), processes):
+        time.sleep(max(0, start + seconds - time.monotonic()))
         process.send_signal(signal.SIGINT)
+    for process in processes:
         _, errors = process.communicate()
         assert process.returncode == -signal.SIGINT and errors == ""
 
@@ -171,24 +191,25 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
     assert new and name not in names, "a frame's content"
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "random", "flipped", "another shape", "missing"])
-def test_damaged_features_are_made_anew(finished, run, capsys, damage):
+@pytest.mark.parametrize("damages", [("cut", "flipped", "missing"), ("empty", "random", "another shape")])
+def test_damaged_features_are_made_anew(finished, run, capsys, damages):
     _, expected = results(finished / "outputs")
-    part = sorted((finished / "outputs" / "feature_cache").glob("*/*.npz"))[1]
-    data = bytearray(part.read_bytes())
-    if damage == "missing":
-        part.unlink()
-    elif damage == "another shape":
-        np.savez(part, outputs=np.zeros((3, 3), "float32"))
-    else:
-        data[len(data) // 2] ^= 1
-        rewritten = {"cut": data[:1000], "empty": b"", "random": os.urandom(5000), "flipped": data}[damage]
-        part.write_bytes(rewritten)
+    chunks = sorted((finished / "outputs" / "feature_cache").glob("*/*.npz"))
+    for chunk, damage in zip(chunks, damages, strict=True):
+        data = bytearray(chunk.read_bytes())
+        if damage == "missing":
+            chunk.unlink()
+        elif damage == "another shape":
+            np.savez(chunk, outputs=np.zeros((3, 3), "float32"))
+        else:
+            data[len(data) // 2] ^= 1
+            rewritten = {"cut": data[:1000], "empty": b"", "random": os.urandom(5000), "flipped": data}[damage]
+            chunk.write_bytes(rewritten)
     capsys.readouterr()
     _, table = run()
     assert (table["predicted"] == expected["predicted"]).all()
     said = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
-    assert len(said) == (damage != "missing")
+    assert len(said) == len([damage for damage in damages if damage != "missing"])
 
 
 def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsys):
@@ -224,67 +245,6 @@ def test_a_model_worse_than_the_mean_is_said_to_be(finished, run, capsys):
     assert "no better than" not in capsys.readouterr().out
     metrics, _ = run()
     assert metrics["mae"] >= metrics["baseline"]["mae"] and "no better than" in capsys.readouterr().out
-
-
-FORK = """
-import os, random, resource, signal, sys, time
-sys.path[:0] = [{tests!r}, {root!r}]
-import tscrowdnet_train as ts
-from conftest import TINY, check_whole
-from pathlib import Path
-
-for name, value in (TINY | {constants!r}).items():
-    setattr(ts, name, value)
-ts.ROOT = Path({video!r})
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the script does
-moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"], 0, 1
-begin = time.monotonic()
-while kills < {kills} or status:
-    kind = signals[kills % 4] if kills < {kills} else None
-    room = int(10 ** moments.uniform(2, 6))
-    child = os.fork()  # imports are done: every moment of the child's life is the script's work
-    if not child:
-        if kind == "full disk":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            ts.run_as_script()
-        except SystemExit as stop:
-            print(stop.code, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    end = time.monotonic() + (moments.uniform(0.3, 1) * {limit} if kind and kind != "full disk" else 1e6)
-    done = 0
-    while not done and time.monotonic() < end:
-        time.sleep(0.01)
-        done, status = os.waitpid(child, os.WNOHANG)
-    if not done:
-        os.kill(child, kind)
-        _, status = os.waitpid(child, 0)
-    kills += not done or kind == "full disk"
-    check_whole(ts.at(ts.OUTPUTS))
-print(kills, time.monotonic() - begin)
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_killed_at_random_moments_a_run_ends_with_the_same_digits(tmp_path):
-    video = make_video(tmp_path)
-
-    def launch(outputs, kills, limit):
-        constants = {"FEATURE_LAYERS_RANDOM": {"conv1_relu": (3, 4)}, "OUTPUTS": outputs}
-        code = FORK.format(tests=str(SCRIPT.parent / "tests"), root=str(SCRIPT.parent), video=str(video),
-                           constants=constants, kills=kills, limit=limit)  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.startswith(f"{kills} "), done.stderr
-        assert "Traceback" not in done.stderr
-        return float(done.stdout.split()[1])
-
-    seconds = launch("undisturbed", kills=0, limit=0)
-    launch("disturbed", kills=6, limit=seconds)
-    for name in ("predictions.csv", "history.csv"):
-        undisturbed, disturbed = (pd.read_csv(video / outputs / name) for outputs in ("undisturbed", "disturbed"))
-        assert undisturbed.equals(disturbed), name
 
 
 def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants, monkeypatch):
@@ -330,3 +290,68 @@ def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
     ts.write_files(tmp_path, {name: lambda path: path.write_text("content") for name in ("a", "b")})
     assert events == ["fsync", "fsync", "replace", "replace"]
     check_whole(tmp_path)
+
+
+def test_a_user_runs_the_script(beside):
+    """From another folder."""
+    folder, done = beside()
+    assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
+    outputs = folder / "outputs"
+    assert {path.name for path in outputs.iterdir() if not path.name.startswith(".")} == RESULTS | {"feature_cache"}
+
+    metrics, table = results(outputs)
+    labels = pd.read_csv(folder / "labels.csv")
+    assert list(table.columns) == ["id", "split", "true", "predicted"]
+    assert table["id"].tolist() == labels["id"].tolist() and table["true"].tolist() == labels["count"].tolist()
+    assert table["split"].tolist() == ["train"] * 16 + ["validation"] * 4
+
+    held_out = table[table["split"] == "validation"]
+    error = held_out["predicted"] - held_out["true"]
+    expected = {
+        "mae": error.abs().mean(),
+        "mse": (error**2).mean(),
+        "rmse": (error**2).mean() ** 0.5,
+        "accuracy": (error.abs() <= 0.2 * held_out["true"]).mean(),
+        "train_frames": 16,
+        "validation_frames": 4,
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+    assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
+    assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["cv_mae"] > 0
+    assert metrics["versions"]["keras"] == keras.__version__ and metrics["python"] == sys.version
+    constants = {name for name in re.findall(r"^([A-Z_]+) = ", SCRIPT.read_text(), re.MULTILINE)} - {"ROOT"}
+    assert set(metrics["constants"]) == constants
+
+    for name in ("MAE", "MSE", "RMSE"):
+        said = re.search(rf"^{name},.*", done.stdout, re.MULTILINE)[0]
+        assert float(said.split()[-2]) == pytest.approx(metrics[name.lower()], abs=6e-4)
+    history = pd.read_csv(outputs / "history.csv")
+    assert history["epoch"].tolist() == [1, 2] and {"loss", "val_loss"} <= set(history.columns)
+    for name in RESULTS:
+        if name.endswith(".png"):
+            with Image.open(outputs / name) as image:
+                assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
+
+
+def test_one_line_and_exit_status_1(beside):
+    folder, done = beside()
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
+    assert not (folder / "outputs").exists()
+
+
+def test_importing_does_nothing(beside):
+    folder, done = beside()
+    assert done.stdout.split() == ["50", "True"] and done.stderr == ""
+    assert [path.name for path in folder.iterdir()] == [SCRIPT.name]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments_a_run_ends_with_the_same_digits(first_run, beside):
+    folder, done = beside()
+    assert done.stdout == "finished\n", done.stderr
+    assert "Traceback" not in done.stderr
+    for name in ("predictions.csv", "history.csv"):
+        undisturbed, disturbed = (pd.read_csv(video / "outputs" / name) for video in (first_run, folder))
+        assert undisturbed.equals(disturbed), name
