@@ -83,7 +83,7 @@ FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more 
 CACHE_FEATURES = True  # False trains the head through ResNet50, as published: no better, far slower
 
 # -- Regression, head and training: features -> estimate of each frame -> LSTM over a window -> count -----
-PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)  # of ridge regression, to choose from; add some if the last wins
+PENALTIES = (1e-4, 1e-3, 1e-2)  # of ridge regression, to choose from; add some if the first or last wins
 ESTIMATE_NOISE = 0.1  # in standard deviations of the count; more makes the LSTM heed earlier frames more
 LSTM_UNITS = 16  # more for longer windows, or where neighbouring frames tell much of each other
 BATCH_SIZE = 64  # windows in a training step; 4 where each brings its frames: CACHE_FEATURES = False
