@@ -53,13 +53,14 @@ def run_script(folder):
     process = subprocess.Popen([sys.executable, "-u", SCRIPT.name], cwd=folder, stdout=subprocess.PIPE, text=True)
     said = {}
     for line in process.stdout:
-        for sign in ("frames: the first", "reads", "Ridge"):
-            if sign in line:
+        for sign in ("frames: the first", " reads ", r"(?<!\d)(\d+)/\1(?!\d).*frame"):  # the last is the bar when it is full
+            if re.search(sign, line):
                 said.setdefault(sign, time.perf_counter() - start)
     _, status, usage = os.wait4(process.pid, 0)
     assert status == 0
     seconds = time.perf_counter() - start
-    return seconds, said["frames: the first"], said["Ridge"] - said["reads"], usage.ru_maxrss / 1024
+    first, reads, full = said.values()
+    return seconds, first, full - reads, usage.ru_maxrss / 1024
 
 
 def median_seconds(step, repeats=5):
