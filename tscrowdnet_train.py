@@ -7,13 +7,13 @@ Reads      labels.csv                            id,count: how many people each 
 Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 frames in, counts out
            outputs/metrics.json, predictions.csv, predictions.png, history.csv, loss.png
 
-Shapes, from frames to counts. N labelled frames, the first M of them train; F features of a frame, 15,360 by
-default; T = SEQUENCE_LENGTH, H x W = FRAME_SIZE:
+Shapes. N labelled frames, the first M train; R = N + AUGMENT * M, with their jittered copies; F features of a
+frame, 15,360 by default; T = SEQUENCE_LENGTH; H x W = FRAME_SIZE:
 
-    1. frozen ResNet50    frames, and jittered copies of the first M: (N + AUGMENT * M, H, W, 3) -> (same, F)
-    2. ridge regression   features (N, F) -> an estimate of the count of each frame (N, 1)
+    1. frozen ResNet50    all frames, then copies of the first M: (R, H, W, 3) uint8 -> features (R, F)
+    2. ridge regression   features (N, F) -> (N, 2): estimate of the count, distance from the mean frame
     3. LSTM head          windows of estimates (batch, T, 1) -> counts of their last frames (batch, 1)
-    4. saved model        windows of frames (batch, T, H, W, 3) -1, 2-> (batch, T, 1) -3-> counts (batch, 1)
+    4. saved model        windows (batch, T, H, W, 3) -> 1 and 2 -> (batch, T, 1) -> 3 -> counts (batch, 1)
 """
 
 import contextlib
@@ -59,14 +59,14 @@ with open(os.devnull, "w") as null, os.fdopen(os.dup(2), "w") as stderr:
         from keras import layers, ops
     finally:
         os.dup2(stderr.fileno(), 2)
-logging.getLogger("tensorflow").setLevel("ERROR")  # it warns of each new size of batch
+logging.getLogger("tensorflow").setLevel("ERROR")  # no warning when a new batch size is traced
 ROOT = Path(__file__).resolve().parent
 
 # -- Data: relative paths start at this script's folder ------------------------------------------------
 LABELS = "labels.csv"  # another CSV with columns id,count, or the official "mall_gt.mat"
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, seq_000002.jpg, ...: one fixed camera
 OUTPUTS = "outputs"  # give each experiment a folder of its own to keep its results
-SEQUENCE_LENGTH = 5  # frames in a window; more where frames follow each other closely, 1 for no memory
+SEQUENCE_LENGTH = 5  # frames in a window; more for a high frame rate, 1 to use no earlier frames
 FRAME_SIZE = (480, 640)  # (height, width) fed to ResNet50; (240, 320) is 4 x faster, less accurate
 TRAIN_FRACTION = 0.8  # first part of the video trains, the rest validates; 0.4 for Mall's canonical split
 
@@ -75,35 +75,35 @@ WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None:
 # Layers to read and the grid (rows, columns) each is summarised over: finer where people differ more in size.
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}  # fmt: skip
-# Read instead where the weights are random: deeper layers of those add only noise.
+# Read instead if the weights are random: their deeper layers only add noise.
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}
-AUGMENT = 1  # jittered copies of each training frame: other light, a nudged camera; 0 saves their time
+AUGMENT = 1  # jittered copies of each training frame (other light, nudged camera); 0 saves their time
 PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where it is at least 1.5 x as fast
-FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more on a GPU
-CACHE_FEATURES = True  # False trains the head through ResNet50, as published: no better, far slower
+FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more on a GPU; a change reads anew
+CACHE_FEATURES = True  # False: each training batch goes through ResNet50, as published; no better, slower
 
 # -- Regression, head and training: features -> estimate of each frame -> LSTM over a window -> count -----
-PENALTIES = (1e-4, 1e-3, 1e-2)  # of ridge regression, to choose from; add some if the first or last wins
-ESTIMATE_NOISE = 0.1  # in standard deviations of the count; more makes the LSTM heed earlier frames more
-LSTM_UNITS = 16  # more for longer windows, or where neighbouring frames tell much of each other
-BATCH_SIZE = 64  # windows in a training step; 4 where each brings its frames: CACHE_FEATURES = False
+PENALTIES = (1e-4, 1e-3, 1e-2)  # ridge penalties to try; extend the range if its first or last is chosen
+ESTIMATE_NOISE = 0.1  # added in training, in standard deviations of counts; more: earlier frames weigh more
+LSTM_UNITS = 16  # more for longer windows, or where the counts of neighbouring frames are closely related
+BATCH_SIZE = 64  # windows in a training step; about 4 if CACHE_FEATURES = False: each then holds T frames
 EPOCHS = 50  # passes over the training windows; fewer for a quick look
 LEARNING_RATE = 5e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss rises
 SEED = 0  # another seed, another model: publish mean and standard deviation over several
 
 # -- Evaluation and use --------------------------------------------------------------------------------
-TOLERANCE = 0.20  # a count within this share of the truth is accurate; 0.20 as published
+TOLERANCE = 0.20  # a prediction within this share of the true count is accurate; 0.20 as published
 COUNT = None  # a folder of new frames to count with the model in OUTPUTS, instead of training
 COUNTED_TYPES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # the files counted there
-UNFAMILIAR = 1.05  # mark frames this far out, the furthest training frame being 1; raise it if too many are
+UNFAMILIAR = 1.05  # mark frames farther from the mean frame than this; the farthest training frame is at 1
 
 
 class InputError(ValueError):
-    """A mistake that the user can correct; the message says what is wrong and how to mend it."""
+    """A mistake the user can correct; the message says what is wrong and how to fix it."""
 
 
 def at(path):
-    """A path of the constants: a relative one starts at this script's folder."""
+    """A path from the constants, taken relative to this script's folder unless it is absolute."""
     return ROOT / Path(path).expanduser()
 
 
@@ -113,6 +113,8 @@ def check_constants():
         return isinstance(value, int) and 0 <= value < 2**32
     def is_positive(value):
         return is_whole(value) and value > 0
+    def is_above_0(value):
+        return isinstance(value, (int, float)) and value > 0
     def is_share(value):
         return isinstance(value, (int, float)) and 0 <= value < 1
     def is_pair(value):
@@ -123,14 +125,16 @@ def check_constants():
         for name in names.split():
             if not is_fine(globals()[name]):
                 raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
-
+    require("LABELS FRAMES OUTPUTS", lambda value: isinstance(value, (str, Path)), "a path in quotes")
     require("SEQUENCE_LENGTH FRAME_BATCH LSTM_UNITS BATCH_SIZE EPOCHS", is_positive, "a whole number above 0")
     require("AUGMENT SEED", is_whole, "a whole number, 0 or more")
     require("TRAIN_FRACTION ESTIMATE_NOISE LEARNING_RATE TOLERANCE", is_share, "a number from 0 to below 1")
     require("FEATURE_LAYERS FEATURE_LAYERS_RANDOM", are_grids, "{layer of ResNet50: (rows, columns), ...}")
     require("FRAME_SIZE", lambda value: is_pair(value) and min(value) >= 32, "(height, width), 32 or more")
-    require("PRECISION", ["auto", "float32", "bfloat16"].count, "auto, float32 or bfloat16")
-    require("PENALTIES", lambda value: isinstance(value, tuple) and min(value, default=0) > 0, "(1e-3,), say")
+    require("PRECISION", lambda value: value in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
+    require("PENALTIES", lambda value: isinstance(value, tuple) and value and all(map(is_above_0, value)),
+            "a tuple of numbers above 0, such as (1e-3,)")  # fmt: skip
+    require("UNFAMILIAR", is_above_0, "a number above 0")
 
 
 # == Files in OUTPUTS: whole or absent, whenever a run is cut short ========================================
@@ -150,8 +154,7 @@ def lock(outputs):
 
 
 def write_files(folder, writers):
-    """Writes every file {name: write(path)} to the disk under another name, then renames them all: results of
-    an earlier run stay readable until the new ones are whole."""
+    """Writes files {name: write(path)} under other names, then renames all of them: no result is half new."""
     for name, write in writers.items():
         new = folder / f".new-{name}"
         for path in (new, folder / name):
@@ -234,12 +237,11 @@ def check_frames(paths):
     def find_problem(path):
         try:
             with Image.open(path) as image:
-                image.draft("RGB", (1, 1))  # decoded at an eighth of its size: faster, as sure
+                image.draft("RGB", (1, 1))  # JPEGs decode at 1/8 size: faster, and damage still shows
                 image.load()
                 return f"{image.mode} pixels; convert it to 8 bits" if image.mode[0] in "IF" else None
         except Exception as error:  # a damaged file makes Pillow raise many kinds
             return str(error) or type(error).__name__
-
     with ThreadPoolExecutor() as pool:
         problems = pool.map(find_problem, paths)
     damaged = [f"{path.name}: {problem}" for path, problem in zip(paths, problems) if problem]
@@ -249,7 +251,7 @@ def check_frames(paths):
 
 
 def jitter(image, rng):
-    """An image in other light (by up to 15%), from a nudged camera (by up to 2% of its width, zoom 3%)."""
+    """A copy in other light (up to 15%, tint 5%), from a nudged camera (up to 2% of the width, zoom 3%)."""
     zoom = rng.uniform(0.97, 1.03)
     left, top = rng.uniform(-0.02, 0.02, 2) * image.width + np.array(image.size) * (1 - zoom) / 2
     matrix = (zoom, 0, left, 0, zoom, top)
@@ -284,7 +286,8 @@ class Frames:
 
 
 def make_windows(ids, length):
-    """Rows of the window that ends at each frame (N, length). After a gap in the ids, its first repeats."""
+    """For each frame, the rows of the window that ends at it (N, length). No window crosses a gap in the ids:
+    the row after it repeats instead. Ids 1, 2, 5 and length 3: [[0, 0, 0], [0, 0, 1], [2, 2, 2]]."""
     rows = np.arange(len(ids))
     starts_run = np.diff(ids, prepend=ids[0]) != 1  # the first frame, and the first after each gap
     run_start = np.maximum.accumulate(rows * starts_run)  # (N,)
@@ -293,8 +296,8 @@ def make_windows(ids, length):
 
 class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames to fit.
-    source: anything indexed by rows: Frames, giving (H, W, 3) for each, or estimates of the counts (N, 1).
-    windows: row numbers (M, T) from make_windows. counts: people in the last frame of each window (M, 1)."""
+    source: Frames, (H, W, 3) for each row, or an array of estimates (N, 1). windows: rows (K, T), as from
+    make_windows. counts: people in the last frame of each window (K, 1)."""
 
     def __init__(self, source, windows, counts, shuffle=False):
         super().__init__()
@@ -308,8 +311,8 @@ class WindowSequence(keras.utils.Sequence):
 
     def __getitem__(self, batch):
         chosen = self.order[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE]
-        rows, where = np.unique(self.windows[chosen], return_inverse=True)  # read a shared frame once
-        return self.source[rows][where.reshape(len(chosen), -1)], self.counts[chosen]
+        rows, inverse = np.unique(self.windows[chosen], return_inverse=True)  # read a shared frame once
+        return self.source[rows][inverse.reshape(len(chosen), -1)], self.counts[chosen]
 
     def on_epoch_end(self):
         if self.rng:
@@ -323,8 +326,7 @@ def load_resnet50():
     def build(weights):
         keras.utils.set_random_seed(SEED)  # the same random weights whatever happened before
         return keras.applications.ResNet50(include_top=False, weights=weights, input_shape=(*FRAME_SIZE, 3))
-
-    if WEIGHTS is None:
+    if not WEIGHTS:
         return build(None), "random", True
     weights = "imagenet" if WEIGHTS == "imagenet" else str(at(WEIGHTS))
     try:
@@ -339,27 +341,25 @@ def load_resnet50():
         return build(None), "random (the ImageNet weights could not be downloaded)", True
 
 
-def is_batchnorm(layer):
-    return isinstance(layer, layers.BatchNormalization)
-
-
 def calibrate(resnet, frames):
-    """Sets BatchNorm's statistics from 8 frames (8, H, W, 3): random weights carry no signal without."""
-    for layer in filter(is_batchnorm, resnet.layers):
-        layer.momentum = 0.0  # nothing remains of the statistics of before
+    """Sets BatchNorm's statistics from frames (n, H, W, 3); without this, random weights carry no signal."""
+    for layer in resnet.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            layer.momentum = 0.0  # replace the old statistics entirely
     resnet(normalise(frames), training=True)
 
 
 def fold_batchnorm(resnet):
-    """The same network, faster: the convolution before each BatchNorm gives what the BatchNorm gave. Jacob et
+    """The same network, faster: each convolution does the work of the BatchNorm after it as well. Jacob et
     al., "Quantization and training of neural networks for efficient integer-only inference", CVPR 2018."""
-    def skip_batchnorm(layer, x, **options):
-        return x if is_batchnorm(layer) else layer(x, **options)
-
-    folded = keras.models.clone_model(resnet, call_function=skip_batchnorm)
-    others = [layer for layer in resnet.layers if not is_batchnorm(layer)]
+    def is_norm(layer):
+        return isinstance(layer, layers.BatchNormalization)
+    def skip_norm(layer, x, **options):
+        return x if is_norm(layer) else layer(x, **options)
+    folded = keras.models.clone_model(resnet, call_function=skip_norm)
+    others = [layer for layer in resnet.layers if not is_norm(layer)]
     folded.set_weights([array for layer in others for array in layer.get_weights()])
-    for norm in filter(is_batchnorm, resnet.layers):
+    for norm in filter(is_norm, resnet.layers):
         convolution = folded.get_layer(norm.name.removesuffix("bn") + "conv")
         kernel, bias = convolution.get_weights()
         gamma, beta, mean, variance = norm.get_weights()
@@ -369,10 +369,10 @@ def fold_batchnorm(resnet):
 
 
 def normalise(frames):
-    """Frames (N, H, W, 3) as BGR, each channel centred and at ImageNet's contrast, whatever the light."""
+    """RGB frames (N, H, W, 3) -> BGR, each channel of each at mean 0 and ImageNet's contrast of 57."""
     frames = ops.cast(ops.flip(frames, axis=-1), "float32")
     mean, variance = ops.moments(frames, axes=(1, 2), keepdims=True)
-    return (frames - mean) * 57.0 / ops.sqrt(variance + 1.0)
+    return (frames - mean) * 57.0 / ops.sqrt(variance + 1.0)  # + 1: a frame of one colour has variance 0
 
 
 def build_backbone(resnet, grids):
@@ -385,21 +385,21 @@ def build_backbone(resnet, grids):
         output = ops.cast(output, "float32")
         cell = (math.ceil(output.shape[1] / rows), math.ceil(output.shape[2] / columns))
         average = layers.AveragePooling2D(cell, padding="same")
-        mean = average(output)  # (rows, columns, C)
+        mean = average(output)  # (rows, columns, C), or fewer where these do not divide (h, w)
         variance = ops.relu(average(ops.square(output)) - ops.square(mean))  # rounding may make it negative
         features += [layers.Flatten()(mean), layers.Flatten()(ops.sqrt(variance))]
     return keras.Model(frame, layers.Concatenate()(features), name="backbone")
 
 
 def set_precision(model, precision):
-    """Lets the ResNet50 in model compute in "float32" or "bfloat16"; weights and all else stay float32."""
+    """Makes the ResNet50 in model compute in "float32" or "bfloat16"; weights and all else stay float32."""
     for layer in model.get_layer("resnet50").layers:
         layer.dtype_policy = "float32" if precision == "float32" else "mixed_bfloat16"
     model.make_predict_function(force=True)  # the old one was traced in the old precision
 
 
 def choose_precision(model, frame):
-    """PRECISION; where that is "auto", the one in which model is fast for a frame (1, H, W, 3)."""
+    """PRECISION; if "auto", bfloat16 where it runs model at least 1.5 x as fast on a frame (1, H, W, 3)."""
     if PRECISION != "auto":
         return PRECISION
     seconds = {}
@@ -411,21 +411,24 @@ def choose_precision(model, frame):
 
 def fit_regression(features, counts):
     """Ridge regression of counts (M,) on the features (M * (1 + AUGMENT), F) of training frames, then copies.
-    Cross-validation over 5 blocks of the video, each with its copies, picks the penalty. One kernel matrix,
-    of at most 5,000 rows, serves every fit, centred for its intercept: Saunders et al., "Ridge regression
-    learning algorithm in dual variables", ICML 1998. Returns (model, MAE of cross-validation, penalty). The
-    model maps features (F,) to (estimate, distance from the mean frame, 1 for the furthest in training)."""
+    5-fold cross-validation picks the penalty; each fold is a stretch of the video, copies included. Every
+    fit uses one kernel matrix of at most 5,000 rows: Saunders et al., "Ridge regression learning algorithm in
+    dual variables", ICML 1998. Returns (model, MAE in cross-validation, penalty). The model maps features
+    (F,) to (2,): estimate, and distance from the mean frame, which is 1 for the farthest training frame."""
     rows = np.linspace(0, len(features) - 1, min(len(features), 5000)).astype(int)
-    frame = rows % len(counts)  # whose copy a row is
+    origin = rows % len(counts)  # the training frame that a row shows or is a copy of
+    scaled = features[rows]  # (rows, F)
     scaler = StandardScaler(copy=False)
-    scaled = scaler.fit_transform(features[rows])  # (rows, F)
-    kernel = (scaled @ scaled.T / scaled.shape[1]).astype("float64")  # 1 on average along the diagonal
+    for chunk in np.array_split(scaled, math.ceil(len(rows) / 256)):  # all at once take three times the memory
+        scaler.partial_fit(chunk)
+    scaled = scaler.transform(scaled)
+    kernel = (scaled @ scaled.T / scaled.shape[1]).astype("float64")  # (rows, rows), diagonal 1 on average
     ridge, centre = KernelRidge(kernel="precomputed"), StandardScaler(with_std=False)
     pipeline = make_pipeline(KernelCenterer(), TransformedTargetRegressor(ridge, transformer=centre))
     alphas = {"transformedtargetregressor__regressor__alpha": np.multiply(PENALTIES, len(rows))}
     folds = GroupKFold(min(5, len(counts)))
     search = GridSearchCV(pipeline, alphas, cv=folds, scoring="neg_mean_absolute_error")
-    search.fit(kernel, counts[frame], groups=frame * 5 // len(counts))
+    search.fit(kernel, counts[origin], groups=origin * 5 // len(counts))
     dual = search.best_estimator_[-1].regressor_.dual_coef_.reshape(-1, 1)  # (rows, 1)
 
     inputs = keras.Input((scaled.shape[1],), name="features")
@@ -433,14 +436,14 @@ def fit_regression(features, counts):
     dense = layers.Dense(1, name="estimate")
     distance = ops.sqrt(ops.mean(ops.square(z), axis=-1, keepdims=True) / kernel.diagonal().max())
     model = keras.Model(inputs, layers.Concatenate()([dense(z), distance]), name="regression")
-    dense.set_weights([scaled.T @ dual / scaled.shape[1], counts[frame].mean(keepdims=True)])
+    dense.set_weights([scaled.T @ dual / scaled.shape[1], counts[origin].mean(keepdims=True)])
     return model, -search.best_score_, float(PENALTIES[search.best_index_])
 
 
 def build_head(counts):
-    """Head: a window of estimates (T, 1) -> the count of its last frame (1,), in people, never negative. The
-    LSTM corrects the last estimate by those before it. Training frames have better estimates than new ones
-    will have; noise makes up for that. counts (M,), of training frames, scale what the LSTM sees."""
+    """Window of estimates (T, 1) -> count of its last frame (1,), never negative. The LSTM corrects the last
+    estimate using the earlier ones. Estimates are better for training frames than they will be for new ones;
+    the noise makes up for that. counts (M,), those of the training frames, set the scale of what it sees."""
     mean, std = float(counts.mean()), max(float(counts.std()), 1.0)
     estimates = keras.Input((SEQUENCE_LENGTH, 1), name="estimates")
     x = layers.GaussianNoise(ESTIMATE_NOISE)(layers.Rescaling(1 / std, -mean / std)(estimates))
@@ -451,7 +454,7 @@ def build_head(counts):
 
 
 def build_model(backbone, regression, head):
-    """The whole network: windows of frames (T, H, W, 3) uint8 -> counts (1,)."""
+    """The whole network: a window of frames (T, H, W, 3) uint8 -> the count of the last one (1,)."""
     per_frame = keras.Model(backbone.input, regression(backbone.output), name="resnet50_regression")
     per_frame.trainable = False
     windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="frames")
@@ -459,47 +462,46 @@ def build_model(backbone, regression, head):
     return keras.Model(windows, head(estimates), name="ts_crowdnet")
 
 
-# == Training ==============================================================================================
+# == Features and training =================================================================================
 def load_chunk(path, shape):
-    """The outputs (rows, ...) stored at path, or None where they are damaged or of another shape."""
+    """The outputs (rows, ...) stored at path, or None if they are damaged or of another shape."""
     try:
-        with np.load(path) as stored:  # raises where a checksum in the file does not fit
+        with np.load(path) as stored:  # raises if a checksum in the file is wrong
             return stored["outputs"].reshape(shape)
     except Exception as error:  # zipfile and NumPy raise many kinds
-        print(f"{path} is damaged ({error}) and will be made anew.")
+        print(f"{path} is damaged ({error}) and is computed again.")
 
 
-def predict_frames(model, frames, precision, cache=None):
-    """Runs each of the frames (N, H, W, 3) through model once, its ResNet50 in precision: outputs (N, ...).
-    Chunks of 8 batches are stored in the folder cache, if one is given; an interrupted run keeps them."""
+def predict_frames(model, frames, precision, folder=None):
+    """Runs each of the frames (N, H, W, 3) through model once, its ResNet50 in the given precision: outputs
+    (N, ...). Every 8 batches are saved in folder, if one is given: an interrupted run resumes from them."""
     set_precision(model, precision)
     bar = keras.utils.Progbar(len(frames), unit_name="frame", interval=0.1 if sys.stdout.isatty() else 20)
-    chunks = []
+    outputs = np.empty((len(frames), *model.output_shape[1:]), "float32")
     with ThreadPoolExecutor(2) as decoders:  # decode while the model computes
         for rows in np.split(np.arange(len(frames)), range(8 * FRAME_BATCH, len(frames), 8 * FRAME_BATCH)):
-            path = cache and cache / f"{rows[0]:09d}.npz"
-            shape = (len(rows), *model.output_shape[1:])
-            chunk = load_chunk(path, shape) if cache and path.exists() else None
+            path = folder / f"{rows[0]:09d}.npz" if folder else None
+            chunk = load_chunk(path, outputs[rows].shape) if path and path.exists() else None
             if chunk is None:
-                outputs = []
                 batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
+                results = []
                 for batch in decoders.map(frames.__getitem__, batches):
-                    outputs.append(model.predict_on_batch(batch))
+                    results.append(model.predict_on_batch(batch))
                     bar.add(len(batch))
-                chunk = np.concatenate(outputs)
-                if cache:
-                    write_files(cache, {path.name: lambda new: np.savez(new, outputs=chunk)})
+                chunk = np.concatenate(results)
+                if path:
+                    write_files(folder, {path.name: lambda new: np.savez(new, outputs=chunk)})
             else:
                 bar.add(len(rows))
-            chunks.append(chunk)
+            outputs[rows] = chunk
     set_precision(model, "float32")
-    return np.concatenate(chunks)
+    return outputs
 
 
 def extract_features(paths, n_train, cache):
-    """Runs the frames, and AUGMENT jittered copies of the first n_train, through ResNet50 once. Those in the
-    folder cache are used again if nothing that they depend on has changed. Returns (backbone, frames and
-    copies, their features (N + AUGMENT * M, F), what metrics.json tells of ResNet50)."""
+    """Runs the frames, and AUGMENT jittered copies of the first n_train, through ResNet50 once. Features in
+    cache are reused if nothing they depend on has changed. Returns (backbone, Frames of all R images, their
+    features (R, F), entries for metrics.json)."""
     resnet, weights, is_random = load_resnet50()
     grids = FEATURE_LAYERS_RANDOM if is_random else FEATURE_LAYERS
     try:
@@ -510,7 +512,7 @@ def extract_features(paths, n_train, cache):
 
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     functions = (Frames, jitter, calibrate, fold_batchnorm, normalise, build_backbone)
-    code = [keras.__version__, keras.backend.backend(), *map(inspect.getsource, functions)]
+    code = [keras.__version__, keras.config.backend(), *map(inspect.getsource, functions)]
     depends_on = (files, n_train, grids, FRAME_SIZE, FRAME_BATCH, AUGMENT, SEED, code)
     values = b"".join(array.tobytes() for array in resnet.get_weights())
     digest = hashlib.blake2b(repr(depends_on).encode() + values, digest_size=8).hexdigest()
@@ -522,7 +524,7 @@ def extract_features(paths, n_train, cache):
         folder = cache / f"{digest}-{choose_precision(backbone, frames[[0]])}"
         shutil.rmtree(cache, ignore_errors=True)
         folder.mkdir(parents=True)
-    precision = folder.name.partition("-")[2]
+    precision = folder.name.split("-")[1]  # "auto" keeps the choice of the run that began these features
     print(f"ResNet50 ({weights}, {precision}) reads {len(paths)} frames, {len(frames) - len(paths)} copies:")
     features = predict_frames(backbone, frames, precision, folder)
     return backbone, frames, features, {"weights": weights, "precision": precision}
@@ -538,7 +540,7 @@ def train(model, training, validation):
 
 # == Evaluation: metrics, figures, report ==================================================================
 def measure(true, predicted):
-    """Metrics of counts (M,). Accuracy is the share within TOLERANCE; a true 0 asks for a rounded 0."""
+    """Metrics of predicted counts. Accuracy: share within TOLERANCE; a true 0 needs one that rounds to 0."""
     accurate = np.where(true == 0, np.round(predicted) == 0, np.abs(predicted - true) <= TOLERANCE * true)
     mae, mse = float(mean_absolute_error(true, predicted)), float(mean_squared_error(true, predicted))
     return {"mae": mae, "mse": mse, "rmse": mse**0.5, "accuracy": float(accurate.mean())}
@@ -548,7 +550,8 @@ def draw_figures(history, validation, title):
     """The figures {file name: figure} of a run, from its history and its table of validation frames."""
     loss, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     curves = history[["loss", "val_loss"]].set_axis(["training", "validation"], axis=1)
-    sns.lineplot(curves, ax=axes).set(yscale="log", xlabel="Epoch", ylabel="Mean squared error (people²)")
+    sns.lineplot(curves, ax=axes).set(yscale="log", ylabel="Mean squared error (people²)")
+    axes.set_xlabel("Epoch\nTraining: fitted frames, with noise added. Validation: new frames, without.")
     both, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2), layout="constrained")
     sns.scatterplot(validation, x="true", y="predicted", s=18, alpha=0.6, ax=left)
     for slope in (1 - TOLERANCE, 1, 1 + TOLERANCE):
@@ -562,9 +565,8 @@ def draw_figures(history, validation, title):
 
 
 def save_results(outputs, model, history, table, run):
-    """Writes the model, the history, the table and its metrics and figures of validation frames; prints a
-    summary. table: a row for each frame, id, split, true, predicted. run: what else metrics.json tells."""
-    training, validation = (table[table["split"] == split] for split in ("train", "validation"))
+    """Writes all results, prints a summary. table: id, split, true, predicted. run: more for metrics.json."""
+    training, validation = table[table["split"] == "train"], table[table["split"] == "validation"]
     metrics = measure(validation["true"], validation["predicted"])
     baseline = measure(validation["true"], np.full(len(validation), training["true"].mean()))
     title = "Validation frames {}-{}, weights: {}\n".format(*validation["id"].iloc[[0, -1]], run["weights"])
@@ -585,8 +587,7 @@ def save_results(outputs, model, history, table, run):
     scores.index = ["MAE, people", "MSE, people squared", "RMSE, people", f"share within {TOLERANCE:.0%}"]
     print(f"\nOn the validation frames:\n{scores.round(3).to_string()}\nResults: {outputs}")
     if metrics["mae"] >= baseline["mae"]:
-        print("That is no better than the mean of the training counts. Too few training frames, labels of")
-        print("other frames, another scene in the validation frames?")
+        print("That is no better than the mean training count: few frames, wrong labels, another scene?")
 
 
 # == Counting new footage ==================================================================================
@@ -595,7 +596,6 @@ def find_footage(folder):
     def by_numbers(path):
         parts = re.split(r"(\d+)", path.name)
         return [int(part) if part.isdecimal() else part for part in parts]
-
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     frames = [path for path in visible if path.is_file() and path.suffix.lower() in COUNTED_TYPES]
     if not frames:
@@ -607,9 +607,9 @@ def find_footage(folder):
 
 def count_people(model, frames):
     """Counts the people in new frames of the camera that a model was trained on. Raises InputError, OSError.
-    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, or paths in order of time; one
-    recording, as dense in time as that of training. Returns a DataFrame indexed by file name: count, people,
-    and unfamiliar, True where a frame looks like no training frame, so that its count means little."""
+    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, or paths in time order, of one
+    recording at about the frame rate of training. Returns a DataFrame indexed by file name, with two columns:
+    count, and unfamiliar: True where a frame looks like no training frame, so that its count means little."""
     if isinstance(frames, (str, Path)):
         frames = find_footage(Path(frames).expanduser())
     paths = [Path(path).expanduser() for path in frames]
@@ -624,8 +624,8 @@ def count_people(model, frames):
         raise InputError(f"{model}: no model written by this script ({error}); train one first") from None
     length, height, width = model.input_shape[1:4]
     images = Frames(paths, (height, width))
-    outputs = predict_frames(per_frame, images, choose_precision(per_frame, images[[0]]))
-    estimates, distances = np.split(outputs, 2, axis=1)  # (N, 1) each
+    predictions = predict_frames(per_frame, images, choose_precision(per_frame, images[[0]]))
+    estimates, distances = np.split(predictions, 2, axis=1)  # (N, 1) each
     windows = make_windows(np.arange(len(paths)), length)
     counts = head.predict(estimates[windows], batch_size=BATCH_SIZE, verbose=0)[:, 0]
     names = pd.Index([path.name for path in paths], name="frame")
@@ -633,12 +633,12 @@ def count_people(model, frames):
 
 
 def count_folder():
-    """The COUNT mode: counts.csv in OUTPUTS from the model there."""
+    """The COUNT mode: counts.csv in OUTPUTS, from the model there."""
     outputs = at(OUTPUTS)
     with lock(outputs):
         table = count_people(outputs / "ts_crowdnet.keras", at(COUNT))
         write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
-    print(f"{table['count'].mean():.1f} people a frame on average: {outputs / 'counts.csv'}")
+    print(f"{len(table)} frames, {table['count'].mean():.1f} people on average: {outputs / 'counts.csv'}")
     if table["unfamiliar"].any():
         print(f"{table['unfamiliar'].sum()} of them look like no training frame; doubt their counts.")
 
@@ -648,22 +648,22 @@ def main():
     """Labels -> frames -> features -> estimates -> counts -> figures and numbers."""
     check_constants()
     sns.set_theme(context="paper", style="ticks", rc={"savefig.dpi": 150})
-    if COUNT is not None:
+    if COUNT:
         return count_folder()
     labels = read_labels(at(LABELS))
     ids, counts = labels.index.to_numpy(), labels.to_numpy()
     n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
     if not 1 < n_train < n:
-        raise InputError(f"{at(LABELS)}: {n} frames: too few for TRAIN_FRACTION {TRAIN_FRACTION}; add some")
+        raise InputError(f"{at(LABELS)}: {n} frames, too few for this TRAIN_FRACTION; add some or change it")
     paths = find_frames(ids)
     check_frames(paths)
     print(f"{n} frames: the first {n_train} train, the last {n - n_train} validate.")
     if b"synthetic mall sample" in paths[0].read_bytes():
-        print("They are the rendered sample, no real people: the README says how to put Mall in its place.")
+        print("They are the rendered sample, not real people; the README says how to use Mall instead.")
     outputs = at(OUTPUTS)
     with lock(outputs):
         backbone, frames, features, run = extract_features(paths, n_train, outputs / "feature_cache")
-        train_features = np.concatenate([features[:n_train], features[n:]])  # frames, then their copies
+        train_features = np.concatenate([features[:n_train], features[n:]])  # (M * (1 + AUGMENT), F)
         regression, run["cv_mae"], run["penalty"] = fit_regression(train_features, counts[:n_train])
         print("Ridge regression: MAE {cv_mae:.2f} in cross-validation, penalty {penalty:g}.".format(**run))
         estimates = regression.predict(features[:n], batch_size=256, verbose=0)[:, :1]  # (N, 1)
@@ -672,7 +672,7 @@ def main():
         head = build_head(counts[:n_train])
         model = build_model(backbone, regression, head)
         windows, targets = make_windows(ids, SEQUENCE_LENGTH), counts[:, None]  # (N, T), (N, 1)
-        source, fitted = (estimates, head) if CACHE_FEATURES else (frames, model)
+        source, fitted = (estimates, head) if CACHE_FEATURES else (frames, model)  # rows (1,) or (H, W, 3)
         training = WindowSequence(source, windows[:n_train], targets[:n_train], shuffle=True)
         validation = WindowSequence(source, windows[n_train:], targets[n_train:])
         history = train(fitted, training, validation)
@@ -693,7 +693,7 @@ def run_as_script():
     except InputError as error:
         sys.exit(" ".join(f"Error: {error}".split()))
     except OSError as error:
-        sys.exit(f"Error: {error.filename or at(OUTPUTS)}: {error.strerror or error}; mend that, run again")
+        sys.exit(f"Error: {error.filename or at(OUTPUTS)}: {error.strerror or error}; fix that and run again")
 
 
 if __name__ == "__main__":

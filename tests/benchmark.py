@@ -1,6 +1,6 @@
 """Speed and memory of the whole run, beside one pass of Keras's own ResNet50 and the published original.
 
-    python tests/benchmark.py [--frames 2000] [--growth 200 1600]
+    python tests/benchmark.py [--frames 2000] [--growth 200 1600]  # --frames 0: growth alone
 
 The sample's frames are repeated to --frames; the weights come from a file, so that ResNet50 is read at FEATURE_LAYERS, as with
 ImageNet's (its values are random, which does not change the work). Prints a table in Markdown; every run is a process of
@@ -111,6 +111,15 @@ def main():
         weights = folder / "resnet50.weights.h5"
         code = f"import keras; keras.applications.ResNet50(include_top=False, weights=None).save_weights({str(weights)!r})"
         subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
+        grown = []
+        for frames in options.growth:  # first: a process's peak memory counts that of the one that started it, too
+            _, _, extraction, memory = run_script(repeat_video(folder / f"growth {frames}", frames, WEIGHTS=str(weights)))
+            grown.append((extraction, memory))
+            row(f"extraction of {frames} frames and copies", extraction, f"{memory:.0f} MiB at most")
+        times, memories = (later / earlier for earlier, later in zip(*grown))
+        print(f"| {options.growth[1] / options.growth[0]:.0f} x the frames | | {times:.2f} x the time, {memories:.2f} x the memory |", flush=True)
+        if not n:
+            return
         runs = {}
         for name, constants in (("AUGMENT = 0", {"AUGMENT": 0}), ("default AUGMENT", {})):
             runs[name] = repeat_video(folder / name, n, WEIGHTS=str(weights), **constants)
@@ -139,13 +148,6 @@ def main():
             test = median_seconds(lambda: model.test_on_batch(windows, np.ones((16, 1))), repeats=2)
             epochs = 50 * (step * np.ceil(0.8 * n / 16) + test * np.ceil(0.2 * n / 16))
             row(f"published original, {shape[0]}x{shape[1]}, extrapolated from its steps", epochs, f"{epochs / whole:.0f} x the whole run")
-        grown = []
-        for frames in options.growth:
-            _, _, extraction, memory = run_script(repeat_video(folder / f"growth {frames}", frames, WEIGHTS=str(weights)))
-            grown.append((extraction, memory))
-            row(f"extraction of {frames} frames and copies", extraction, f"{memory:.0f} MiB at most")
-        times, memories = (later / earlier for earlier, later in zip(*grown))
-        print(f"\n{options.growth[1] / options.growth[0]:.0f} x the frames: {times:.2f} x the time, {memories:.2f} x the memory.")
 
 
 if __name__ == "__main__":

@@ -32,13 +32,14 @@ import numpy as np
 
 
 MARGIN, FOLDS = 5, 10
+PREPROCESS = keras.applications.resnet50.preprocess_input
 ROWS = {  # name: constants and functions of the script that differ; LSTM: whether there is one
     "default": {},
     "1 frame instead of 5": {"SEQUENCE_LENGTH": 1},
     "ridge regression alone, no LSTM": {"LSTM": False},
     "no jittered copies": {"AUGMENT": 0},
-    "no channel normalisation": {"normalise": lambda frames: keras.applications.resnet50.preprocess_input(ts.ops.cast(frames, "float32"))},
-    "every stage averaged over the frame": {"grids": (1, 1)},
+    "no channel normalisation": {"normalise": lambda frames: PREPROCESS(ts.ops.cast(frames, "float32"))},
+    "every stage summarised over the whole frame": {"grids": (1, 1)},
     "last stage alone": {"grids": None},
 }
 
@@ -73,13 +74,15 @@ def measure_row(row, labels, others, folder):
     """{column: (MAE, MSE)} of a row, with the script's constants as they are."""
     paths, counts, ids = ts.find_frames(labels.index), labels.to_numpy(), labels.index.to_numpy()
     n, half = len(counts), len(counts) // 2
-    key = repr((ts.SEED, ts.AUGMENT, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
+    key = repr((ts.SEED, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
     if key not in measure_row.features:
-        backbone, _, features, facts = ts.extract_features(paths, n, folder / "cache")
+        augment, ts.AUGMENT = ts.AUGMENT, 1  # a row without copies takes the same features, and leaves those out
+        backbone, _, features, run = ts.extract_features(paths, n, folder / "cache")
+        ts.AUGMENT = augment
         seen = {}
         for name, other in others.items():
             frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
-            seen[name] = ts.predict_frames(backbone, frames, facts["precision"])
+            seen[name] = ts.predict_frames(backbone, frames, run["precision"])
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 
