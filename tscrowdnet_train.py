@@ -9,7 +9,6 @@ Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 fra
 
 Shapes. N labelled frames, the first M train; R = N + AUGMENT * M, with their jittered copies; F features of a
 frame, 15,360 by default; T = SEQUENCE_LENGTH; H x W = FRAME_SIZE:
-
     1. frozen ResNet50    all frames, then copies of the first M: (R, H, W, 3) uint8 -> features (R, F)
     2. ridge regression   features (N, F) -> (N, 2): estimate of the count, distance from the mean frame
     3. LSTM head          windows of estimates (batch, T, 1) -> counts of their last frames (batch, 1)
@@ -417,11 +416,11 @@ def fit_regression(features, counts):
     (F,) to (2,): estimate, and distance from the mean frame, which is 1 for the farthest training frame."""
     rows = np.linspace(0, len(features) - 1, min(len(features), 5000)).astype(int)
     origin = rows % len(counts)  # the training frame that a row shows or is a copy of
-    scaled = features[rows]  # (rows, F)
+    features = features[rows]  # (rows, F)
     scaler = StandardScaler(copy=False)
-    for chunk in np.array_split(scaled, math.ceil(len(rows) / 256)):  # all at once take three times the memory
+    for chunk in np.array_split(features, math.ceil(len(rows) / 256)):  # at once: three times the memory
         scaler.partial_fit(chunk)
-    scaled = scaler.transform(scaled)
+    scaled = scaler.transform(features)
     kernel = (scaled @ scaled.T / scaled.shape[1]).astype("float64")  # (rows, rows), diagonal 1 on average
     ridge, centre = KernelRidge(kernel="precomputed"), StandardScaler(with_std=False)
     pipeline = make_pipeline(KernelCenterer(), TransformedTargetRegressor(ridge, transformer=centre))
@@ -436,7 +435,8 @@ def fit_regression(features, counts):
     dense = layers.Dense(1, name="estimate")
     distance = ops.sqrt(ops.mean(ops.square(z), axis=-1, keepdims=True) / kernel.diagonal().max())
     model = keras.Model(inputs, layers.Concatenate()([dense(z), distance]), name="regression")
-    dense.set_weights([scaled.T @ dual / scaled.shape[1], counts[origin].mean(keepdims=True)])
+    weights = scaled.T @ dual.astype("float32") / scaled.shape[1]
+    dense.set_weights([weights, counts[origin].mean(keepdims=True)])
     return model, -search.best_score_, float(PENALTIES[search.best_index_])
 
 
@@ -663,8 +663,8 @@ def main():
     outputs = at(OUTPUTS)
     with lock(outputs):
         backbone, frames, features, run = extract_features(paths, n_train, outputs / "feature_cache")
-        train_features = np.concatenate([features[:n_train], features[n:]])  # (M * (1 + AUGMENT), F)
-        regression, run["cv_mae"], run["penalty"] = fit_regression(train_features, counts[:n_train])
+        regression, run["cv_mae"], run["penalty"] = fit_regression(
+            np.concatenate([features[:n_train], features[n:]]), counts[:n_train])  # fmt: skip
         print("Ridge regression: MAE {cv_mae:.2f} in cross-validation, penalty {penalty:g}.".format(**run))
         estimates = regression.predict(features[:n], batch_size=256, verbose=0)[:, :1]  # (N, 1)
 
