@@ -224,7 +224,7 @@ def find_frames(ids):
     names = [f"seq_{frame:06d}.jpg" for frame in ids]
     missing = [name for name in names if name not in present]
     if missing:
-        problem = f"{len(missing)} of {len(ids)} labelled frames are missing: {shorten(str(missing), 60)}"
+        problem = f"{len(missing)} of {len(ids)} labelled frames missing: {shorten(', '.join(missing), 60)}"
         raise InputError(f"{at(FRAMES)}: {problem}; add them, delete their labels, or correct FRAMES")
     if len(present) > len(names):
         print(f"{len(present) - len(names)} frames in {folder} have no label and are ignored.")
