@@ -511,13 +511,13 @@ def extract_features(paths, n_train, cache):
     frames = Frames(paths, FRAME_SIZE, copies=AUGMENT * paths[:n_train])
 
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    functions = (Frames, jitter, calibrate, fold_batchnorm, normalise, build_backbone)
+    functions = (Frames, jitter, calibrate, fold_batchnorm, normalise, build_backbone, extract_features)
     code = [keras.__version__, keras.config.backend(), *map(inspect.getsource, functions)]
     depends_on = (files, n_train, grids, FRAME_SIZE, FRAME_BATCH, AUGMENT, SEED, code)
     values = b"".join(array.tobytes() for array in resnet.get_weights())
     digest = hashlib.blake2b(repr(depends_on).encode() + values, digest_size=8).hexdigest()
     if is_random:
-        calibrate(resnet, frames[np.linspace(0, n_train - 1, 8).astype(int)])
+        calibrate(resnet, frames[[0, n_train - 1]])  # more take gigabytes
     backbone = build_backbone(resnet, grids)
     folder = next(cache.glob(f"{digest}-{'*' if PRECISION == 'auto' else PRECISION}"), None)
     if folder is None:
