@@ -78,7 +78,7 @@ FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}
 AUGMENT = 1  # jittered copies of each training frame (other light, nudged camera); 0 saves their time
 PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where it is at least 1.5 x as fast
-FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more on a GPU; a change reads anew
+FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more on a GPU; a change recomputes
 CACHE_FEATURES = True  # False: each training batch goes through ResNet50, as published; no better, slower
 
 # -- Regression, head and training: features -> estimate of each frame -> LSTM over a window -> count -----
@@ -349,8 +349,9 @@ def calibrate(resnet, frames):
 
 
 def fold_batchnorm(resnet):
-    """The same network, faster: each convolution does the work of the BatchNorm after it as well. Jacob et
-    al., "Quantization and training of neural networks for efficient integer-only inference", CVPR 2018."""
+    """The same network, faster: each convolution also does the work of the BatchNorm after it. Jacob et al.,
+    "Quantization and training of neural networks for efficient integer-arithmetic-only inference", CVPR 2018.
+    """
     def is_norm(layer):
         return isinstance(layer, layers.BatchNormalization)
     def skip_norm(layer, x, **options):
@@ -435,8 +436,7 @@ def fit_regression(features, counts):
     dense = layers.Dense(1, name="estimate")
     distance = ops.sqrt(ops.mean(ops.square(z), axis=-1, keepdims=True) / kernel.diagonal().max())
     model = keras.Model(inputs, layers.Concatenate()([dense(z), distance]), name="regression")
-    weights = scaled.T @ dual.astype("float32") / scaled.shape[1]
-    dense.set_weights([weights, counts[origin].mean(keepdims=True)])
+    dense.set_weights([scaled.T @ np.float32(dual) / scaled.shape[1], counts[origin].mean(keepdims=True)])
     return model, -search.best_score_, float(PENALTIES[search.best_index_])
 
 
