@@ -481,7 +481,7 @@ def predict_frames(model, frames, precision, folder=None):
     with ThreadPoolExecutor(2) as decoders:  # decode while the model computes
         for rows in np.split(np.arange(len(frames)), range(8 * FRAME_BATCH, len(frames), 8 * FRAME_BATCH)):
             path = folder / f"{rows[0]:09d}.npz" if folder else None
-            chunk = load_chunk(path, outputs[rows].shape) if path and path.exists() else None
+            chunk = load_chunk(path, (len(rows), *outputs.shape[1:])) if path and path.exists() else None
             if chunk is None:
                 batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
                 results = []
@@ -531,7 +531,7 @@ def extract_features(paths, n_train, cache):
 
 
 def train(model, training, validation):
-    """Trains for EPOCHS epochs and returns their history. Validation data is only monitored."""
+    """Trains for EPOCHS epochs (the Sequence shuffles); returns the history. Validation is only monitored."""
     schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
     model.compile(keras.optimizers.Adam(schedule), loss="mse", metrics=["mae"])
     fit = model.fit(training, validation_data=validation, epochs=EPOCHS, shuffle=False, verbose=2)
