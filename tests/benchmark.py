@@ -29,6 +29,7 @@ import pandas as pd
 from keras import layers
 
 SCRIPT = Path(ts.__file__)
+VIDEO = (480, 640)  # (height, width) of the frames themselves
 
 
 def repeat_video(folder, frames, **constants):
@@ -101,7 +102,7 @@ def main():
     parser.add_argument("--growth", type=int, nargs=2, default=(200, 1600))
     options = parser.parse_args()
     n, size = options.frames, ts.FRAME_SIZE
-    print(f"{n} frames of {size[1]}x{size[0]}, 50 epochs; {processor()}; Keras {keras.__version__}\n\n| | seconds | |\n|---|---:|---|")
+    print(f"{n} frames of 640x480, read at {size[1]}x{size[0]}, 50 epochs; {processor()}; Keras {keras.__version__}\n\n| | seconds | |\n|---|---:|---|")
 
     def row(name, seconds, note):
         print(f"| {name} | {seconds:.1f} | {note} |", flush=True)
@@ -126,12 +127,13 @@ def main():
             runs[name] = (runs[name], *run_script(runs[name]))
         precision = json.loads((runs["default AUGMENT"][0] / "outputs" / "metrics.json").read_text())["precision"]
 
-        pixels = ts.Frames(sorted((SCRIPT.parent / "frames" / "frames").iterdir()), size)[np.arange(8)].astype("float32")
-        plain = keras.applications.ResNet50(include_top=False, weights=None, pooling="avg", input_shape=(*size, 3))
-        keras_pass = median_seconds(lambda: plain.predict_on_batch(pixels)) / 8 * n
-        row("one pass of Keras's own ResNet50, float32", keras_pass, f"{keras_pass / n * 1000:.0f} ms a frame")
+        for shape in (size, VIDEO):
+            pixels = ts.Frames(sorted((SCRIPT.parent / "frames" / "frames").iterdir()), shape)[np.arange(8)].astype("float32")
+            plain = keras.applications.ResNet50(include_top=False, weights=None, pooling="avg", input_shape=(*shape, 3))
+            keras_pass = median_seconds(lambda: plain.predict_on_batch(pixels)) / 8 * n
+            row(f"one pass of Keras's own ResNet50, float32, {shape[0]}x{shape[1]}", keras_pass, f"{keras_pass / n * 1000:.0f} ms a frame")
         for name, (video, whole, first_sign, extraction, memory) in runs.items():
-            row(f"whole run, {name}, {precision}", whole, f"{whole / keras_pass:.2f} of that pass; {whole / extraction:.2f} of its "
+            row(f"whole run, {name}, {precision}", whole, f"{whole / keras_pass:.2f} of the last pass; {whole / extraction:.2f} of its "
                 f"extraction ({extraction:.1f}); first progress after {first_sign:.1f}; {memory:.0f} MiB at most")  # fmt: skip
         video, whole, _, extraction, _ = runs["default AUGMENT"]
         again = run_script(video)[0]
@@ -141,7 +143,7 @@ def main():
         ts.count_people(video / "outputs" / "ts_crowdnet.keras", video / "frames" / "frames")
         counting = time.perf_counter() - start
         row("counting the frames with the saved model", counting, f"{n / counting:.1f} frames/s, {n / counting / rate:.2f} of the extraction's rate")
-        for shape in ((224, 224), size):
+        for shape in ((224, 224), VIDEO):
             model = published_original(shape)
             windows = np.random.default_rng(0).uniform(0, 255, (16, 5, *shape, 3)).astype("float32")
             step = median_seconds(lambda: model.train_on_batch(windows, np.ones((16, 1))), repeats=2)

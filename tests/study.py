@@ -57,7 +57,7 @@ def settings(row):
 def predict(row, features, counts, ids, train, tests):
     """Counts of each of tests, features (M, F) of stretches of frames, by a model of the training rows."""
     copies = [train + len(counts) * (copy + 1) for copy in range(ts.AUGMENT)]
-    regression, *_ = ts.fit_regression(features[np.concatenate([train, *copies])], counts[train])
+    regression, *_ = ts.fit_regression(features, np.concatenate([train, *copies]), counts[train])
     tests = [regression.predict(test, batch_size=256, verbose=0)[:, :1] for test in tests]
     if not row.get("LSTM", True):
         return [np.maximum(test[:, 0], 0) for test in tests]

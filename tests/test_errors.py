@@ -128,6 +128,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
         ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)),
         ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("ESTIMATE_NOISE", -1), ("ESTIMATE_NOISE", 1.5),
         ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0), ("PENALTIES", (1e-3, 0)), ("PENALTIES", ()), ("PENALTIES", 1e-3), ("FEATURE_LAYERS", ["conv5_block3_out"]),
+        ("TRAIN_FRACTION", 0), ("LEARNING_RATE", 0), ("COUNT", True), ("COUNT", 5), ("WEIGHTS", True),
         ("AUGMENT", -1), ("AUGMENT", 0.5), ("FEATURE_LAYERS", {}), ("FEATURE_LAYERS_RANDOM", {"conv1_relu": 3}), ("PRECISION", "bf16"),
     ]  # fmt: skip
 }

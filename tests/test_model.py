@@ -88,7 +88,7 @@ def test_calibration_gives_random_weights_activations_of_even_size(frames):
 
 
 def fitted(features, counts, monkeypatch=None):
-    model, error, _ = ts.fit_regression(features.astype("float32"), counts)
+    model, error, _ = ts.fit_regression(features.astype("float32"), np.arange(len(features)), counts)
     return model, error, model.predict(features.astype("float32"), verbose=0)
 
 
@@ -161,7 +161,7 @@ def test_long_videos_are_thinned_evenly_and_keep_frames_and_counts_together(monk
 
     monkeypatch.setattr(ts, "GridSearchCV", Search)
     with pytest.raises(KeyboardInterrupt):
-        ts.fit_regression(np.tile(counts, 2)[:, None].astype("float32"), counts)
+        ts.fit_regression(np.tile(counts, 2)[:, None].astype("float32"), np.arange(6000), counts)
     kernel, kept, groups = Search.seen
     assert kernel.shape == (5000, 5000) and len(set(kept)) >= 2500
     z = (kept - kept.mean()) / kept.std()
@@ -234,7 +234,7 @@ def test_auto_takes_bfloat16_where_it_is_clearly_faster(frames, constants, monke
         return [9.0, best, best * 1.1, 3.0][:repeat]
 
     monkeypatch.setattr(ts.timeit, "repeat", repeat)
-    assert ts.choose_precision(backbone, frames[[0]]) == expected
+    assert ts.choose_precision(backbone, frames) == expected
     constants(PRECISION="bfloat16")
     assert ts.choose_precision(None, None) == "bfloat16"
 
@@ -374,7 +374,7 @@ def test_footage_is_taken_in_the_order_of_its_numbers(tmp_path, capsys):
     assert "3 other files" in capsys.readouterr().out
     with pytest.raises(ts.InputError, match="clips: no frames"):
         (tmp_path / "clips").mkdir()
-        ts.find_footage(tmp_path / "clips")
+        ts.count_people(tmp_path / "none.keras", tmp_path / "clips")
 
 
 def test_another_model_and_unusable_footage_are_refused_in_a_line(finished, constants, monkeypatch):

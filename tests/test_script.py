@@ -201,7 +201,7 @@ def test_damaged_features_are_made_anew(finished, run, capsys, damages):
         if damage == "missing":
             chunk.unlink()
         elif damage == "another shape":
-            np.savez(chunk, outputs=np.zeros((3, 3), "float32"))
+            np.savez(chunk, predictions=np.zeros((3, 3), "float32"))
         else:
             data[len(data) // 2] ^= 1
             rewritten = {"cut": data[:1000], "empty": b"", "random": os.urandom(5000), "flipped": data}[damage]
