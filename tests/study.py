@@ -41,6 +41,10 @@ ROWS = {  # name: constants and functions of the script that differ; LSTM: wheth
     "no channel normalisation": {"normalise": lambda frames: PREPROCESS(ts.ops.cast(frames, "float32"))},
     "every stage summarised over the whole frame": {"grids": (1, 1)},
     "last stage alone": {"grids": None},
+    "frames of 480x640": {"FRAME_SIZE": (480, 640)},
+    "frames of 360x480": {"FRAME_SIZE": (360, 480)},
+    "frames of 240x320": {"FRAME_SIZE": (240, 320)},
+    "frames of 192x256": {"FRAME_SIZE": (192, 256)},
 }
 
 
@@ -74,7 +78,7 @@ def measure_row(row, labels, others, folder):
     """{column: (MAE, MSE)} of a row, with the script's constants as they are."""
     paths, counts, ids = ts.find_frames(labels.index), labels.to_numpy(), labels.index.to_numpy()
     n, half = len(counts), len(counts) // 2
-    key = repr((ts.SEED, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
+    key = repr((ts.SEED, ts.FRAME_SIZE, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
     if key not in measure_row.features:
         augment, ts.AUGMENT = ts.AUGMENT, 1  # a row without copies takes the same features, and leaves those out
         backbone, _, features, run = ts.extract_features(paths, n, folder / "cache")
