@@ -84,7 +84,7 @@ CACHE_FEATURES = True  # False: training batches go through ResNet50 again, as p
 
 # -- Regression, head and training: features -> estimate of each frame -> LSTM over a window -> count -----
 PENALTIES = (1e-4, 1e-3, 1e-2)  # ridge penalties to try; add a higher one if the last is chosen
-ESTIMATE_NOISE = 0.1  # of training, in standard deviations of counts; more makes earlier frames weigh more
+ESTIMATE_NOISE = 0.1  # on training estimates, in counts' standard deviations; more: earlier frames weigh more
 LSTM_UNITS = 16  # more for longer windows, or where the counts of neighbouring frames are closely related
 BATCH_SIZE = 64  # windows in a training step; about 4 if CACHE_FEATURES = False: each then holds T frames
 EPOCHS = 50  # passes over the training windows; fewer for a quick look
