@@ -253,6 +253,12 @@ def test_nothing_is_fitted_to_validation_frames(finished, run):
     assert (before["predicted"] != after["predicted"])[~train].all(), "the exchanged frames are seen"
 
 
+def test_jittered_copies_train_the_model(finished, run):
+    with_copies = pd.read_csv(finished / "outputs" / "predictions.csv")["predicted"]
+    _, without = run(AUGMENT=0, OUTPUTS="without")
+    assert np.abs(without["predicted"] - with_copies).max() > 0.01
+
+
 def test_the_published_read_out_runs(run, whole_resnet50):
     """The README's recipe of the published original: one layer, one average; here of small frames."""
     metrics, table = run(FRAME_SIZE=(64, 64), FEATURE_LAYERS_RANDOM={"conv5_block3_out": (1, 1)})
