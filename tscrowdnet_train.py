@@ -11,7 +11,7 @@ Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 fra
 Shapes. N labelled frames, the first M train; R = N + AUGMENT * M, with their jittered copies; F features of a
 frame, 15,360 with trained weights; T = SEQUENCE_LENGTH; H x W = FRAME_SIZE:
     1. frozen ResNet50    all frames, then copies of the first M: (R, H, W, 3) uint8 -> features (R, F)
-    2. ridge regression   features (N, F) -> (N, 2): estimate of the count, distance from the mean frame
+    2. ridge regression   features (N, F) -> (N, 2): estimate of the count, distance from the mean image
     3. LSTM head          windows of estimates (batch, T, 1) -> counts of their last frames (batch, 1)
     4. saved model        windows (batch, T, H, W, 3) -> 1 and 2 -> (batch, T, 1) -> 3 -> counts (batch, 1)
 """
@@ -428,8 +428,8 @@ def fit_regression(features, rows, counts):
     scaled = scaler.transform(features)
     kernel = scaled @ scaled.T  # (K, K), its diagonal F on average
     # Centred anew in every fit: around a mean of all rows, the others would tell a fold its own mean count.
-    ridge, centre = KernelRidge(kernel="precomputed"), StandardScaler(with_std=False)
-    ridge = TransformedTargetRegressor(ridge, transformer=centre)
+    kernel_ridge = KernelRidge(kernel="precomputed")
+    ridge = TransformedTargetRegressor(kernel_ridge, transformer=StandardScaler(with_std=False))
     pipeline = Pipeline([("centre", KernelCenterer()), ("ridge", ridge)])
     alphas = {"ridge__regressor__alpha": np.multiply(PENALTIES, scaled.size)}
     folds = GroupKFold(min(5, len(counts)))

@@ -102,7 +102,7 @@ def main():
     parser.add_argument("--growth", type=int, nargs=2, default=(200, 1600))
     options = parser.parse_args()
     n, size = options.frames, ts.FRAME_SIZE
-    print(f"{n} frames of 640x480, read at {size[1]}x{size[0]}, 50 epochs; {processor()}; Keras {keras.__version__}\n\n| | seconds | |\n|---|---:|---|")
+    print(f"{n} frames of {VIDEO[0]}x{VIDEO[1]}, read at {size[0]}x{size[1]}, 50 epochs; {processor()}; Keras {keras.__version__}\n\n| | seconds | |\n|---|---:|---|")
 
     def row(name, seconds, note):
         print(f"| {name} | {seconds:.1f} | {note} |", flush=True)
