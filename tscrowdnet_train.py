@@ -8,18 +8,21 @@ Reads      labels.csv                            id,count: how many people each 
 Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 frames in, counts out
            outputs/metrics.json, predictions.csv, predictions.png, history.csv, loss.png
 
-Shapes. N labelled frames, the first M train; R = N + AUGMENT * M, with their jittered copies; F features of a
-frame, 15,360 with trained weights; T = SEQUENCE_LENGTH; H x W = FRAME_SIZE:
-    1. frozen ResNet50    all frames, then copies of the first M: (R, H, W, 3) uint8 -> features (R, F)
-    2. ridge regression   features (N, F) -> (N, 2): estimate of the count, distance from the mean image
-    3. LSTM head          windows of estimates (batch, T, 1) -> counts of their last frames (batch, 1)
-    4. saved model        windows (batch, T, H, W, 3) -> 1 and 2 -> (batch, T, 1) -> 3 -> counts (batch, 1)
+N labelled frames, the first M train; C jittered copies of training frames; T = SEQUENCE_LENGTH; H x W = FRAME_SIZE;
+F numbers in a feature vector, 15,360 with trained weights. The network of a window, in three stages:
+
+    frames (T, H, W, 3) uint8
+    1. spatial      TimeDistributed(frozen ResNet50, read at FEATURE_LAYERS)       -> feature vectors (T, F)
+    2. temporal     the same Dense for every frame (T, PROJECTION), then an LSTM   -> (LSTM_UNITS,)
+    3. regression   Dense(DENSE_UNITS, relu), Dense(1)                             -> count of the last frame (1,)
+
+The spatial stage does not learn, so it reads the N + C pictures once and its features (N + C, F) are kept;
+WindowSequence feeds windows of them (BATCH_SIZE, T, F) to stages 2 and 3, which train for EPOCHS.
 """
 
 import contextlib
 import csv
 import hashlib
-import inspect
 import io
 import json
 import logging
@@ -29,7 +32,6 @@ import re
 import shutil
 import signal
 import sys
-import timeit
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,12 +46,8 @@ import pandas as pd
 import scipy.io
 import seaborn as sns
 from PIL import Image, ImageEnhance, ImageOps  # Pillow comes with matplotlib
-from sklearn.compose import TransformedTargetRegressor
-from sklearn.kernel_ridge import KernelRidge
 from sklearn.metrics import mean_absolute_error, mean_squared_error
-from sklearn.model_selection import GridSearchCV, GroupKFold
-from sklearn.pipeline import Pipeline
-from sklearn.preprocessing import KernelCenterer, StandardScaler
+from sklearn.preprocessing import StandardScaler
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with open(os.devnull, "w") as null, os.fdopen(os.dup(2), "w") as stderr:
@@ -77,18 +75,25 @@ FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}  # fmt: skip
 # Read instead if the weights are random: their deeper layers only add noise.
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}
-AUGMENT = 1  # jittered copies of each training frame (other light, nudged camera); 0 saves their time
-PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where it is at least 1.5 x as fast
+FEATURE_SPREAD = True  # read the standard deviation in each cell, too; False: the mean alone, as published
+AUGMENT = 0.25  # share of training frames with a jittered copy (other light, nudged camera); 0: none, 1: all
+PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where the processor or GPU has units for it
 FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more on a GPU; a change recomputes
 CACHE_FEATURES = True  # False: training batches go through ResNet50 again, as published; no better, slower
 
-# -- Regression, head and training: features -> estimate of each frame -> LSTM over a window -> count -----
-PENALTIES = (1e-4, 1e-3, 1e-2)  # ridge penalties to try; add a higher one if the last is chosen
-ESTIMATE_NOISE = 0.1  # on training estimates, in counts' standard deviations; more: earlier frames weigh more
-LSTM_UNITS = 16  # more for longer windows, or where the counts of neighbouring frames are closely related
-BATCH_SIZE = 64  # windows in a training step; about 4 if CACHE_FEATURES = False: each then holds T frames
+# -- Head: feature vectors -> projection -> LSTM -> dense layers -> count ----------------------------------
+PROJECTION = 32  # numbers a feature vector is reduced to before the LSTM; 0: all of them enter, as published
+LSTM_UNITS = 64  # more for longer windows
+LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training; 0.5 as published
+FORGET_BIAS = -1.0  # starting bias of its forget gate; higher: earlier frames weigh more (Keras starts at 1)
+DENSE_UNITS = 64  # of the layer between the LSTM and the count
+
+# -- Training ------------------------------------------------------------------------------------------
+BATCH_SIZE = 64  # windows in a step; about 4 if CACHE_FEATURES = False: each then holds T frames
 EPOCHS = 50  # passes over the training windows; fewer for a quick look
-LEARNING_RATE = 5e-3  # falls to 0 over the epochs along a half cosine; lower it if the loss rises
+# SGD learns what many frames share first and what is peculiar to one last; "adam" learns both at once.
+OPTIMIZER = {"class_name": "SGD", "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
+LEARNING_RATE = 0.1  # falls to 0 along a half cosine; 0.3 is too much for SGD, Adam needs 1e-3 or less
 SEED = 0  # another seed, another model: publish mean and standard deviation over several
 
 # -- Evaluation and use --------------------------------------------------------------------------------
@@ -127,16 +132,22 @@ def check_constants():
                 raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
     require("LABELS FRAMES OUTPUTS", lambda value: isinstance(value, (str, Path)), "a path in quotes")
     require("WEIGHTS COUNT", lambda value: isinstance(value or "", (str, Path)), "a path in quotes, or None")
-    require("SEQUENCE_LENGTH FRAME_BATCH LSTM_UNITS BATCH_SIZE EPOCHS", is_positive, "a whole number above 0")
-    require("AUGMENT SEED", is_whole, "a whole number, 0 or more")
-    require("ESTIMATE_NOISE TOLERANCE", is_share, "a number from 0 to below 1")
-    require("TRAIN_FRACTION LEARNING_RATE", lambda value: is_share(value) and value > 0, "between 0 and 1")
+    positive = "SEQUENCE_LENGTH FRAME_BATCH LSTM_UNITS DENSE_UNITS BATCH_SIZE EPOCHS"
+    require(positive, is_positive, "a whole number above 0")
+    require("PROJECTION SEED", is_whole, "a whole number, 0 or more")
+    require("AUGMENT", lambda value: is_share(value) or value == 1, "a number from 0 to 1")
+    require("LSTM_DROPOUT TOLERANCE", is_share, "a number from 0 to below 1")
+    require("TRAIN_FRACTION", lambda value: is_share(value) and value > 0, "between 0 and 1")
+    require("LEARNING_RATE", lambda value: is_above_0(value) and value < 100, "a number above 0, such as 0.1")
+    require("FORGET_BIAS", lambda value: isinstance(value, (int, float)) and abs(value) < 100, "a number")
     require("FEATURE_LAYERS FEATURE_LAYERS_RANDOM", are_grids, "{layer of ResNet50: (rows, columns), ...}")
     require("FRAME_SIZE", lambda value: is_pair(value) and min(value) >= 32, "(height, width), 32 or more")
     require("PRECISION", lambda value: value in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-    require("PENALTIES", lambda value: isinstance(value, tuple) and value and all(map(is_above_0, value)),
-            "a tuple of numbers above 0, such as (1e-3,)")  # fmt: skip
     require("UNFAMILIAR", is_above_0, "a number above 0")
+    try:
+        keras.optimizers.get(OPTIMIZER)
+    except Exception as error:  # Keras raises many kinds
+        raise InputError(f"OPTIMIZER = {OPTIMIZER!r}: no optimizer of Keras ({shorten(str(error), 200)})") from None
 
 
 # == Files in OUTPUTS: whole or absent, whenever a run is cut short ========================================
@@ -266,10 +277,12 @@ def jitter(image, rng):
 
 class Frames:
     """Image files read like an array: frames[rows] decodes them to (len(rows), height, width, 3) uint8 RGB.
-    The rows after those of paths are jittered copies; SEED and the row determine how."""
+    copied: rows of the frames that have a jittered copy; the copies have the rows after all frames, in the
+    same order. SEED and the row determine the jitter."""
 
-    def __init__(self, paths, size, copies=()):
-        self.paths, self.first_copy = [*paths, *copies], len(paths)
+    def __init__(self, paths, size, copied=()):
+        self.paths = [*paths, *(paths[row] for row in copied)]
+        self.first_copy = len(paths)
         self.size = size
 
     def __len__(self):
@@ -296,16 +309,29 @@ def make_windows(ids, length):
     return np.maximum(rows[:, None] + np.arange(1 - length, 1), run_start[:, None])
 
 
-class WindowSequence(keras.utils.Sequence):
-    """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames to fit.
-    source: Frames, (H, W, 3) for each row, or an array of estimates (N, 1). windows: rows (K, T), as from
-    make_windows. counts: people in the last frame of each window (K, 1)."""
+def choose_copied(n_train):
+    """Rows of the training frames that have a jittered copy: the share AUGMENT, evenly spaced."""
+    if not AUGMENT:
+        return np.arange(0)
+    return np.arange(0, n_train, 1 / AUGMENT).astype(int)
 
-    def __init__(self, source, windows, counts, shuffle=False):
+
+class WindowSequence(keras.utils.Sequence):
+    """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames to fit and predict.
+    images: Frames, (H, W, 3) a row, or feature vectors, (F,) a row. windows: rows (K, T), as from make_windows.
+    counts: people in the last frame of each window (K,). For training, copy_of: the row of each frame's
+    jittered copy, or its own where it has none. Every epoch then shuffles the windows, and shows about half
+    of them with copies in the place of the frames that have one."""
+
+    def __init__(self, images, windows, counts, copy_of=None):
         super().__init__()
-        self.source, self.windows, self.counts = source, windows, counts
+        self.images = images
+        self.windows = windows
+        self.counts = counts.reshape(-1, 1)
+        self.copy_of = copy_of
+        self.rng = np.random.default_rng(SEED)
+        self.shown = windows
         self.order = np.arange(len(windows))
-        self.rng = np.random.default_rng(SEED) if shuffle else None
         self.on_epoch_end()
 
     def __len__(self):
@@ -313,12 +339,15 @@ class WindowSequence(keras.utils.Sequence):
 
     def __getitem__(self, batch):
         chosen = self.order[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE]
-        rows, inverse = np.unique(self.windows[chosen], return_inverse=True)  # read a shared frame once
-        return self.source[rows][inverse.reshape(len(chosen), -1)], self.counts[chosen]
+        rows, places = np.unique(self.shown[chosen], return_inverse=True)  # read a shared frame once
+        places = places.reshape(len(chosen), -1)  # (batch, T)
+        return self.images[rows][places], self.counts[chosen]
 
     def on_epoch_end(self):
-        if self.rng:
+        if self.copy_of is not None:
             self.rng.shuffle(self.order)
+            with_copies = self.rng.random((len(self.windows), 1)) < 0.5
+            self.shown = np.where(with_copies, self.copy_of[self.windows], self.windows)
 
 
 # == Model =================================================================================================
@@ -371,10 +400,11 @@ def fold_batchnorm(resnet):
 
 
 def normalise(frames):
-    """RGB frames (N, H, W, 3) -> BGR, each channel of each at mean 0, ImageNet's standard deviation of 57."""
-    frames = ops.cast(ops.flip(frames, axis=-1), "float32")
-    mean, variance = ops.moments(frames, axes=(1, 2), keepdims=True)
-    return (frames - mean) * 57.0 / ops.sqrt(variance + 1.0)  # + 1: a frame of one colour has variance 0
+    """RGB frames (N, H, W, 3) -> BGR, as ImageNet's weights expect, each channel of each frame at mean 0 and
+    ImageNet's standard deviation of 57, so that a change of light changes little."""
+    x = ops.cast(ops.flip(frames, axis=-1), "float32")
+    x = layers.GroupNormalization(groups=-1, epsilon=1.0, center=False, scale=False)(x)
+    return layers.Rescaling(57.0)(x)
 
 
 def build_backbone(resnet, grids):
@@ -388,9 +418,68 @@ def build_backbone(resnet, grids):
         cell = (math.ceil(x.shape[1] / rows), math.ceil(x.shape[2] / columns))
         average = layers.AveragePooling2D(cell, padding="same")
         mean = average(x)  # (rows, columns, C), or fewer where these do not divide (h, w)
-        variance = ops.relu(average(ops.square(x)) - ops.square(mean))  # rounding may make it negative
-        features += [layers.Flatten()(mean), layers.Flatten()(ops.sqrt(variance))]
-    return keras.Model(frame, layers.Concatenate()(features), name="backbone")
+        features.append(layers.Flatten()(mean))
+        if FEATURE_SPREAD:
+            variance = ops.relu(average(ops.square(x)) - ops.square(mean))  # rounding may make it negative
+            features.append(layers.Flatten()(ops.sqrt(variance)))
+    features = layers.Concatenate()(features) if len(features) > 1 else features[0]
+    return keras.Model(frame, features, name="backbone")
+
+
+def standardise(features, is_training):
+    """Standardises features (R, F) in place, by the statistics of the training images alone, and divides them
+    so that the vectors of these have length 1 on average. Returns the Keras layers that do the same.
+    The scale of the second is the length of the longest: see count_people."""
+    scaler = StandardScaler().fit(features[is_training])
+    scale = scaler.scale_ * math.sqrt(features.shape[1])
+    features -= scaler.mean_.astype("float32")
+    features /= scale.astype("float32")
+    longest = float(np.linalg.norm(features[is_training], axis=1).max())
+    longest = max(longest, 1e-3)  # 0 where all training images are alike
+    normalization = layers.Normalization(mean=scaler.mean_, variance=np.square(scale * longest))
+    return [normalization, layers.Rescaling(longest, name="longest")]
+
+
+def build_spatial(backbone, standardisation):
+    """Stage 1, for one frame: (H, W, 3) uint8 -> its standardised feature vector (F,)."""
+    features = backbone.output
+    for layer in standardisation:
+        features = layer(features)
+    spatial = keras.Model(backbone.input, features, name="resnet50_features")
+    spatial.trainable = False
+    return spatial
+
+
+def build_temporal(n_features):
+    """Stage 2: feature vectors (T, F) -> what the LSTM makes of them (LSTM_UNITS,)."""
+    features = keras.Input((SEQUENCE_LENGTH, n_features), name="features")
+    x = features
+    if PROJECTION:
+        x = layers.Dense(PROJECTION, name="projection")(x)  # (T, PROJECTION)
+    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=True, name="lstm")
+    memory = lstm(x)
+    kernel, recurrent_kernel, bias = lstm.get_weights()
+    bias[LSTM_UNITS : 2 * LSTM_UNITS] = FORGET_BIAS  # Keras's order of the gates: input, forget, cell, output
+    lstm.set_weights([kernel, recurrent_kernel, bias])
+    return keras.Model(features, memory, name="temporal")
+
+
+def build_regression(counts):
+    """Stage 3: (LSTM_UNITS,) -> people in the last frame (1,). counts (M,), those of the training frames, set
+    the scale: the dense layers begin at their mean and work in their standard deviations."""
+    mean = float(counts.mean())
+    std = max(float(counts.std()), 1.0)
+    memory = keras.Input((LSTM_UNITS,), name="memory")
+    x = layers.Dense(DENSE_UNITS, activation="relu", name="dense")(memory)
+    x = layers.Dense(1, name="people")(x)
+    return keras.Model(memory, layers.Rescaling(std, mean)(x), name="regression")
+
+
+def build_network(input_shape, spatial, temporal, regression):
+    """The three stages in a row; without the spatial one where the windows hold feature vectors already."""
+    windows = keras.Input(input_shape, dtype="uint8" if spatial else "float32", name="windows")
+    features = layers.TimeDistributed(spatial, name="spatial")(windows) if spatial else windows
+    return keras.Model(windows, regression(temporal(features)), name="ts_crowdnet")
 
 
 def set_precision(model, precision):
@@ -400,144 +489,102 @@ def set_precision(model, precision):
     model.make_predict_function(force=True)  # the old one was traced in the old precision
 
 
-def choose_precision(model, frames):
-    """PRECISION; if "auto", bfloat16 where it runs model at least 1.5 x as fast on two of the frames."""
+def choose_precision():
+    """PRECISION; if "auto", bfloat16 on processors and GPUs with units for it, which double its speed or more."""
     if PRECISION != "auto":
         return PRECISION
-    batch = frames[range(len(frames))[:2]]  # one alone gains less, more take longer
-    seconds = {}
-    for precision in ("float32", "bfloat16"):  # the first trial compiles; other programs may slow down some
-        set_precision(model, precision)
-        seconds[precision] = min(timeit.repeat(lambda: model.predict_on_batch(batch), number=1, repeat=4))
-    return "bfloat16" if seconds["float32"] >= 1.5 * seconds["bfloat16"] else "float32"
-
-
-def fit_regression(features, rows, counts):
-    """Ridge regression of counts (M,) on features (R, F); rows are those of the M training frames, then their
-    copies in the same order. 5-fold cross-validation picks the penalty; a fold is a fifth of the video with
-    its copies. All fits share one kernel matrix of at most 5,000 images: Saunders et al., "Ridge regression
-    learning algorithm in dual variables", ICML 1998. Returns (model, MAE in cross-validation, penalty). The
-    model maps features (F,) to (2,): count, and distance from the mean image, 1 for the farthest here."""
-    kept = np.linspace(0, len(rows) - 1, min(len(rows), 5000)).astype(int)  # K images
-    features = features[rows[kept]]  # (K, F)
-    origin = kept % len(counts)  # the training frame that each shows
-    targets = counts[origin].astype("float32")
-    scaler = StandardScaler(copy=False)
-    for chunk in np.array_split(features, math.ceil(len(kept) / 256)):  # at once: three times the memory
-        scaler.partial_fit(chunk)
-    scaled = scaler.transform(features)
-    kernel = scaled @ scaled.T  # (K, K), its diagonal F on average
-    # Centred anew in every fit: around a mean of all rows, the others would tell a fold its own mean count.
-    kernel_ridge = KernelRidge(kernel="precomputed")
-    ridge = TransformedTargetRegressor(kernel_ridge, transformer=StandardScaler(with_std=False))
-    pipeline = Pipeline([("centre", KernelCenterer()), ("ridge", ridge)])
-    alphas = {"ridge__regressor__alpha": np.multiply(PENALTIES, scaled.size)}
-    folds = GroupKFold(min(5, len(counts)))
-    search = GridSearchCV(pipeline, alphas, cv=folds, scoring="neg_mean_absolute_error")
-    search.fit(kernel, targets, groups=origin * 5 // len(counts))
-    dual = search.best_estimator_["ridge"].regressor_.dual_coef_.reshape(-1, 1)  # (K, 1)
-
-    inputs = keras.Input((scaled.shape[1],), name="features")
-    z = layers.Normalization(mean=scaler.mean_, variance=np.square(scaler.scale_))(inputs)
-    dense = layers.Dense(1, name="estimate")
-    distance = ops.sqrt(ops.sum(ops.square(z), axis=-1, keepdims=True) / kernel.diagonal().max())
-    model = keras.Model(inputs, layers.Concatenate()([dense(z), distance]), name="regression")
-    dense.set_weights([scaled.T @ dual, targets.mean(keepdims=True)])
-    return model, -search.best_score_, float(PENALTIES[search.best_index_])
-
-
-def build_head(counts):
-    """Window of estimates (T, 1) -> count of its last frame (1,), never negative. The LSTM corrects the last
-    estimate using the earlier ones. Estimates are better for training frames than they will be for new ones;
-    the noise makes up for that. counts (M,), those of the training frames, set the scale of what it sees."""
-    mean, std = float(counts.mean()), max(float(counts.std()), 1.0)
-    estimates = keras.Input((SEQUENCE_LENGTH, 1), name="estimates")
-    x = layers.GaussianNoise(ESTIMATE_NOISE)(layers.Rescaling(1 / std, -mean / std)(estimates))
-    memory = layers.LSTM(LSTM_UNITS, unroll=True, name="lstm")(x)  # (LSTM_UNITS,)
-    correction = layers.Dense(1, use_bias=False, kernel_initializer="zeros", name="correction")(memory)
-    people = layers.Rescaling(std, mean)(layers.Add()([x[:, -1], correction]))
-    return keras.Model(estimates, layers.ReLU(name="count")(people), name="head")
-
-
-def build_model(backbone, regression, head):
-    """The whole network: a window of frames (T, H, W, 3) uint8 -> the count of the last one (1,)."""
-    per_frame = keras.Model(backbone.input, regression(backbone.output), name="resnet50_regression")
-    per_frame.trainable = False
-    windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="frames")
-    estimates = layers.TimeDistributed(per_frame, name="time_distributed_resnet50")(windows)[..., :1]
-    return keras.Model(windows, head(estimates), name="ts_crowdnet")
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+        for gpu in tf.config.list_physical_devices("GPU"):
+            capability = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0, 0))
+            return "bfloat16" if capability >= (8, 0) else "float32"
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        processor = ""
+    return "bfloat16" if re.search("avx512_bf16|amx_bf16", processor) else "float32"
 
 
 # == Features and training =================================================================================
 def load_chunk(path, shape):
-    """The predictions (rows, ...) stored at path, or None if they are damaged or of another shape."""
+    """The features of a chunk of frames stored at path, or None if they are damaged or of another shape."""
     try:
         with np.load(path) as stored:  # raises if a checksum in the file is wrong
-            return stored["predictions"].reshape(shape)
+            return stored["features"].reshape(shape)
     except Exception as error:  # zipfile and NumPy raise many kinds
         print(f"{path} is damaged ({error}) and is computed again.")
 
 
-def predict_frames(model, frames, precision, folder=None):
-    """Runs the frames (N, H, W, 3) through model, its ResNet50 in the given precision: predictions (N, ...).
+def predict_frames(model, frames, folder=None):
+    """Runs frames (N, H, W, 3) through model, its ResNet50 in the chosen precision: features (N, F).
     Every 8 batches are saved in folder, if one is given: an interrupted run resumes from them."""
-    set_precision(model, precision)
     bar = keras.utils.Progbar(len(frames), unit_name="frame", interval=0.1 if sys.stdout.isatty() else 20)
-    predictions = np.empty((len(frames), *model.output_shape[1:]), "float32")
-    with ThreadPoolExecutor(2) as decoders:  # decode while the model computes
-        for rows in np.split(np.arange(len(frames)), range(8 * FRAME_BATCH, len(frames), 8 * FRAME_BATCH)):
-            path = folder / f"{rows[0]:09d}.npz" if folder else None
-            stored = load_chunk(path, (len(rows), *predictions.shape[1:])) if path and path.exists() else None
-            if stored is not None:
-                predictions[rows] = stored
-                bar.add(len(rows))
-                continue
-            batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
-            for batch, images in zip(batches, decoders.map(frames.__getitem__, batches)):
-                predictions[batch] = model.predict_on_batch(images)
-                bar.add(len(batch))
-            if path:
-                write_files(folder, {path.name: lambda new: np.savez(new, predictions=predictions[rows])})
-    set_precision(model, "float32")
-    return predictions
+    features = np.empty((len(frames), *model.output_shape[1:]), "float32")
+    set_precision(model, choose_precision())
+    try:
+        with ThreadPoolExecutor(2) as decoders:  # decode while the model computes
+            for rows in np.split(np.arange(len(frames)), range(8 * FRAME_BATCH, len(frames), 8 * FRAME_BATCH)):
+                path = folder / f"{rows[0]:09d}.npz" if folder else None
+                stored = load_chunk(path, features[rows].shape) if path and path.exists() else None
+                if stored is not None:
+                    features[rows] = stored
+                    bar.add(len(rows))
+                    continue
+                batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
+                for batch, images in zip(batches, decoders.map(frames.__getitem__, batches)):
+                    features[batch] = model.predict_on_batch(images)
+                    bar.add(len(batch))
+                if path:
+                    write_files(folder, {path.name: lambda new: np.savez(new, features=features[rows])})
+    finally:
+        set_precision(model, "float32")
+    return features
 
 
-def extract_features(paths, n_train, cache):
-    """Runs the frames, and AUGMENT jittered copies of the first n_train, through ResNet50 once. Features in
-    cache are reused if nothing they depend on has changed. Returns (backbone, Frames of all R images, their
-    features (R, F), entries for metrics.json)."""
+FEATURES_VERSION = 1  # raise it with every change of the code above that changes features: stored ones are dropped
+
+
+def open_cache(cache, frames, n_train, resnet, grids):
+    """The folder for these features in cache; those of other frames, constants or weights are deleted."""
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in frames.paths]
+    constants = (FRAME_SIZE, FRAME_BATCH, FEATURE_SPREAD, SEED, choose_precision())
+    code = (FEATURES_VERSION, keras.__version__, keras.backend.backend())
+    digest = hashlib.blake2b(repr((files, n_train, grids, constants, code)).encode(), digest_size=8)
+    for array in resnet.get_weights():
+        digest.update(np.ascontiguousarray(array))
+    folder = cache / digest.hexdigest()
+    if not folder.exists():
+        shutil.rmtree(cache, ignore_errors=True)
+        folder.mkdir(parents=True)
+    return folder
+
+
+def extract_features(frames, n_train, cache):
+    """Runs all frames and copies through ResNet50 once, or takes their features from cache. Returns (backbone,
+    features (R, F), what the weights are). Raises InputError."""
     resnet, weights, is_random = load_resnet50()
     grids = FEATURE_LAYERS_RANDOM if is_random else FEATURE_LAYERS
     try:
         resnet = keras.Model(resnet.input, [resnet.get_layer(name).output for name in grids], name="resnet50")
     except ValueError as error:
         raise InputError(f"FEATURE_LAYERS, FEATURE_LAYERS_RANDOM: {shorten(str(error), 300)}") from None
-    frames = Frames(paths, FRAME_SIZE, copies=AUGMENT * paths[:n_train])
-
-    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    functions = (Frames, jitter, calibrate, fold_batchnorm, normalise, build_backbone, extract_features)
-    code = [keras.__version__, keras.config.backend(), *map(inspect.getsource, functions)]
-    depends_on = (files, n_train, grids, FRAME_SIZE, FRAME_BATCH, AUGMENT, SEED, code)
-    values = b"".join(array.tobytes() for array in resnet.get_weights())
-    digest = hashlib.blake2b(repr(depends_on).encode() + values, digest_size=8).hexdigest()
+    folder = open_cache(cache, frames, n_train, resnet, grids)
     if is_random:
-        calibrate(resnet, frames[[0, n_train - 1]])  # two: every activation is kept; more take gigabytes
+        calibrate(resnet, frames[[0, n_train - 1]])  # every activation is kept: more frames would take gigabytes
     backbone = build_backbone(resnet, grids)
-    folder = next(cache.glob(f"{digest}-{'*' if PRECISION == 'auto' else PRECISION}"), None)
-    if folder is None:
-        folder = cache / f"{digest}-{choose_precision(backbone, frames)}"
-        shutil.rmtree(cache, ignore_errors=True)
-        folder.mkdir(parents=True)
-    precision = folder.name.split("-")[1]  # "auto" keeps the choice of the run that began these features
-    print(f"ResNet50 ({weights}, {precision}) reads {len(paths)} frames, {len(frames) - len(paths)} copies:")
-    features = predict_frames(backbone, frames, precision, folder)
-    return backbone, frames, features, {"weights": weights, "precision": precision}
+    copies = len(frames) - frames.first_copy
+    print(f"ResNet50, weights: {weights}, {choose_precision()}; feature vectors of {backbone.output_shape[1]:,}",
+          f"numbers from {', '.join(grids)}.\nIt reads {frames.first_copy} frames, {copies} copies:")  # fmt: skip
+    return backbone, predict_frames(backbone, frames, folder), weights
 
 
-def train(model, training, validation):
-    """Trains for EPOCHS epochs (the Sequence shuffles); returns the history. Validation is only monitored."""
-    schedule = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
-    model.compile(keras.optimizers.Adam(schedule), loss="mse", metrics=["mae"])
+def train(model, training, validation, counts):
+    """Trains for EPOCHS epochs (the Sequence shuffles); returns the history, losses in people squared.
+    Validation is only monitored. counts: those of the training frames; their variance scales the gradient."""
+    optimizer = keras.optimizers.get(OPTIMIZER)
+    optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, EPOCHS * len(training))
+    variance = max(float(counts.var()), 1.0)
+    model.compile(optimizer, loss="mse", loss_weights=1 / variance, metrics=["mse", "mae"])
     fit = model.fit(training, validation_data=validation, epochs=EPOCHS, shuffle=False, verbose=2)
     return pd.DataFrame(fit.history, index=pd.RangeIndex(1, EPOCHS + 1, name="epoch"))
 
@@ -554,9 +601,9 @@ def draw_figures(history, validation, title):
     """The figures {file name: figure} of a run, from its history and its table of validation frames."""
     sns.set_theme(context="paper", style="ticks", rc={"savefig.dpi": 150})
     loss, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    curves = history[["loss", "val_loss"]].set_axis(["training", "validation"], axis=1)
+    curves = history[["mse", "val_mse"]].set_axis(["training", "validation"], axis=1)
     sns.lineplot(curves, ax=axes).set(yscale="log", ylabel="Mean squared error (people²)")
-    axes.set_xlabel("Epoch\nTraining: fitted frames, with noise added. Validation: new frames, without.")
+    axes.set_xlabel("Epoch\nTraining: mean over the epoch, half of the windows with jittered copies.")
     both, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2), layout="constrained")
     sns.scatterplot(validation, x="true", y="predicted", s=18, alpha=0.6, ax=left)
     for slope in (1 - TOLERANCE, 1, 1 + TOLERANCE):
@@ -570,13 +617,12 @@ def draw_figures(history, validation, title):
 
 
 def save_results(outputs, model, history, table, run):
-    """Writes all results, prints a summary. table: id, split, true, predicted. run: more for metrics.json."""
-    training, validation = table[table["split"] == "train"], table[table["split"] == "validation"]
+    """Writes all results, prints a summary. table: id, split, true, predicted. run: more for metrics.json.
+    The model and the tables come first: a figure that cannot be drawn costs only itself."""
+    training = table[table["split"] == "train"]
+    validation = table[table["split"] == "validation"]
     metrics = measure(validation["true"], validation["predicted"])
     baseline = measure(validation["true"], np.full(len(validation), training["true"].mean()))
-    title = "Validation frames {}-{}, weights: {}\n".format(*validation["id"].iloc[[0, -1]], run["weights"])
-    title += "MAE {mae:.2f}, MSE {mse:.2f}, accuracy {accuracy:.1%}".format(**metrics)
-    figures = draw_figures(history, validation, title)
     constants = {name: value for name, value in globals().items() if name.isupper() and name != "ROOT"}
     versions = {library.__name__: library.__version__ for library in (keras, np, pd)}
     report = metrics | {"train_frames": len(training), "validation_frames": len(validation), **run}
@@ -586,13 +632,22 @@ def save_results(outputs, model, history, table, run):
         "history.csv": history.to_csv,
         "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
         "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str) + "\n"),
-        **{name: figure.savefig for name, figure in figures.items()},
     })  # fmt: skip
     scores = pd.DataFrame({"this model": metrics, "mean count": baseline})
     scores.index = ["MAE, people", "MSE, people squared", "RMSE, people", f"share within {TOLERANCE:.0%}"]
-    print(f"\nOn the validation frames:\n{scores.round(3).to_string()}\nResults: {outputs}")
+    print(f"\nOn the validation frames:\n{scores.round(3).to_string()}")
+    print(f"ResNet50 weights: {run['weights']}. Results: {outputs}")
     if metrics["mae"] >= baseline["mae"]:
         print("That is no better than the mean training count: few frames, wrong labels, another scene?")
+    title = "Validation frames {}-{}, weights: {}\n".format(*validation["id"].iloc[[0, -1]], run["weights"])
+    title += "MAE {mae:.2f}, MSE {mse:.2f}, accuracy {accuracy:.1%}".format(**metrics)
+    try:
+        figures = draw_figures(history, validation, title)
+        write_files(outputs, {name: figure.savefig for name, figure in figures.items()})
+    except InputError:
+        raise
+    except Exception as error:  # matplotlib and its back ends raise many kinds
+        print(f"Warning: no figures ({shorten(str(error), 200)}); all else is saved.", file=sys.stderr)
 
 
 # == Counting new footage ==================================================================================
@@ -607,6 +662,32 @@ def find_footage(folder):
     return sorted(frames, key=by_numbers)
 
 
+def load_model(path):
+    """The model in a ts_crowdnet.keras and its three stages: (model, spatial, temporal, regression)."""
+    try:
+        model = path
+        if isinstance(path, (str, Path)):
+            model = keras.saving.load_model(Path(path).expanduser(), compile=False)
+        spatial = model.get_layer("spatial").layer
+        return model, spatial, model.get_layer("temporal"), model.get_layer("regression")
+    except Exception as error:  # zipfile, h5py and Keras raise many kinds
+        raise InputError(f"{path}: no model written by this script ({error}); train one first") from None
+
+
+def split_for_counting(spatial, temporal, regression):
+    """The network in two, so that a long recording is read once and little is kept of each of its frames:
+    (frame (H, W, 3) -> (P + 1,), windows of P numbers (T, P) -> people (1,)). P: PROJECTION, or F if that is
+    0. The last of the P + 1 is the length of the feature vector, 1 for the longest training image."""
+    features = spatial.output
+    length = ops.norm(features, axis=-1, keepdims=True) / spatial.get_layer("longest").scale
+    names = [layer.name for layer in temporal.layers]
+    reduced = temporal.get_layer("projection")(features) if "projection" in names else features
+    per_frame = keras.Model(spatial.input, layers.Concatenate()([reduced, length]))
+    windows = keras.Input((temporal.input_shape[1], reduced.shape[-1]))
+    per_window = keras.Model(windows, regression(temporal.get_layer("lstm")(windows)))
+    return per_frame, per_window
+
+
 def count_people(model, frames):
     """Counts the people in new frames of the camera that a model was trained on. Raises InputError, OSError.
     model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, or paths in time order, of one
@@ -616,21 +697,15 @@ def count_people(model, frames):
     paths = [Path(path).expanduser() for path in found]
     if not paths:
         raise InputError(f"{frames}: no frames to count; give some of {', '.join(COUNTED_TYPES)}")
-    try:
-        if isinstance(model, (str, Path)):
-            model = keras.saving.load_model(Path(model).expanduser(), compile=False)
-        per_frame, head = model.get_layer("time_distributed_resnet50").layer, model.get_layer("head")
-    except Exception as error:  # zipfile, h5py and Keras raise many kinds
-        raise InputError(f"{model}: no model written by this script ({error}); train one first") from None
+    model, *stages = load_model(model)
     check_frames(paths)
-    length, height, width = model.input_shape[1:4]
-    images = Frames(paths, (height, width))
-    predictions = predict_frames(per_frame, images, choose_precision(per_frame, images))
-    estimates, distances = np.split(predictions, 2, axis=1)  # (N, 1) each
-    windows = make_windows(np.arange(len(paths)), length)
-    counts = head.predict(estimates[windows], batch_size=BATCH_SIZE, verbose=0)[:, 0]
+    per_frame, per_window = split_for_counting(*stages)
+    reduced = predict_frames(per_frame, Frames(paths, model.input_shape[2:4]))  # (N, P + 1)
+    windows = make_windows(np.arange(len(paths)), model.input_shape[1])
+    sequence = WindowSequence(reduced[:, :-1], windows, np.zeros(len(paths)))
+    counts = per_window.predict(sequence, verbose=0)[:, 0]
     names = pd.Index([path.name for path in paths], name="frame")
-    return pd.DataFrame({"count": counts, "unfamiliar": distances[:, 0] > UNFAMILIAR}, index=names)
+    return pd.DataFrame({"count": np.maximum(counts, 0), "unfamiliar": reduced[:, -1] > UNFAMILIAR}, index=names)
 
 
 def count_folder():
@@ -646,13 +721,15 @@ def count_folder():
 
 # == Main ==================================================================================================
 def main():
-    """Labels -> frames -> features -> estimates -> counts -> figures and numbers."""
+    """Labels -> frames -> feature vectors -> network -> counts -> figures and numbers."""
     check_constants()
     if COUNT:
         return count_folder()
     labels = read_labels(at(LABELS))
-    ids, counts = labels.index.to_numpy(), labels.to_numpy()
-    n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
+    ids = labels.index.to_numpy()
+    counts = labels.to_numpy()
+    n = len(labels)
+    n_train = round(n * TRAIN_FRACTION)
     if not 1 < n_train < n:
         raise InputError(f"{at(LABELS)}: {n} frames, too few for this TRAIN_FRACTION; add some or change it")
     paths = find_frames(ids)
@@ -662,25 +739,35 @@ def main():
         print("They are the rendered sample, not real people; the README says how to use Mall instead.")
     outputs = at(OUTPUTS)
     with lock(outputs):
-        backbone, frames, features, run = extract_features(paths, n_train, outputs / "feature_cache")
-        rows = np.r_[:n_train, n : len(features)]  # the training frames, then their copies
-        regression, run["cv_mae"], run["penalty"] = fit_regression(features, rows, counts[:n_train])
-        print("Ridge regression: MAE {cv_mae:.2f} in cross-validation, penalty {penalty:g}.".format(**run))
-        estimates = regression.predict(features[:n], batch_size=256, verbose=0)[:, :1]  # (N, 1)
+        # Spatial: every frame and copy through the frozen ResNet50, once.
+        copied = choose_copied(n_train)
+        frames = Frames(paths, FRAME_SIZE, copied)  # N frames, then C copies
+        backbone, features, weights = extract_features(frames, n_train, outputs / "feature_cache")
+        copy_of = np.arange(n)
+        copy_of[copied] = n + np.arange(len(copied))
+        is_training = np.r_[:n_train, n : n + len(copied)]
+        standardisation = standardise(features, is_training)  # features (N + C, F)
 
+        # Temporal and regression: trained on windows of the feature vectors.
         keras.utils.set_random_seed(SEED)
-        head = build_head(counts[:n_train])
-        model = build_model(backbone, regression, head)
-        windows, targets = make_windows(ids, SEQUENCE_LENGTH), counts[:, None]  # (N, T), (N, 1)
-        source, fitted = (estimates, head) if CACHE_FEATURES else (frames, model)  # rows (1,) or (H, W, 3)
-        training = WindowSequence(source, windows[:n_train], targets[:n_train], shuffle=True)
-        validation = WindowSequence(source, windows[n_train:], targets[n_train:])
-        history = train(fitted, training, validation)
+        spatial = build_spatial(backbone, standardisation)
+        temporal = build_temporal(features.shape[1])
+        regression = build_regression(counts[:n_train])
+        network = build_network((SEQUENCE_LENGTH, *FRAME_SIZE, 3), spatial, temporal, regression)
+        head = build_network((SEQUENCE_LENGTH, features.shape[1]), None, temporal, regression)
+        windows = make_windows(ids, SEQUENCE_LENGTH)  # (N, T)
+        images, fitted = (features, head) if CACHE_FEATURES else (frames, network)
+        training = WindowSequence(images, windows[:n_train], counts[:n_train], copy_of)
+        validation = WindowSequence(images, windows[n_train:], counts[n_train:])
+        history = train(fitted, training, validation, counts[:n_train])
 
-        predicted = head.predict(estimates[windows], batch_size=BATCH_SIZE, verbose=0)[:, 0]
+        # Evaluation: every frame's count, and the metrics of the validation frames.
+        predicted = head.predict(WindowSequence(features, windows, counts), verbose=0)[:, 0]
         split = np.where(np.arange(n) < n_train, "train", "validation")
-        table = pd.DataFrame({"id": ids, "split": split, "true": counts.astype(int), "predicted": predicted})
-        save_results(outputs, model, history, table, run)
+        table = {"id": ids, "split": split, "true": counts.astype(int), "predicted": np.maximum(predicted, 0)}
+        model = keras.Model(network.input, layers.ReLU(name="count")(network.output), name="ts_crowdnet")
+        run = {"weights": weights, "precision": choose_precision(), "features": features.shape[1]}
+        save_results(outputs, model, history, pd.DataFrame(table), run)
     if plt.get_backend().lower() != "agg":  # a screen
         plt.show()
 
