@@ -1,5 +1,5 @@
 """TS-CrowdNet: count the people in a fixed-camera video with TimeDistributed ResNet50 + LSTM.
-Trained on Mall's frames 1-800: MAE 1.9, MSE 5.7 on 801-1600, in 70 seconds on 2 CPU cores (README: weights).
+Trained on Mall's frames 1-800 it counts 801-1600 with MAE 1.9, MSE 5.7 on 2 CPU cores (README: which weights).
 
     pip install -r requirements.txt && python tscrowdnet_train.py
 
@@ -8,17 +8,22 @@ Reads      labels.csv                            id,count: how many people each 
 Writes     outputs/ts_crowdnet.keras             the model: windows of uint8 frames in, counts out
            outputs/metrics.json, predictions.csv, predictions.png, history.csv, loss.png
 
-N labelled frames, the first M train; C jittered copies of training frames; T = SEQUENCE_LENGTH; H x W = FRAME_SIZE;
+N labelled frames, the first M train; C jittered copies of these; T = SEQUENCE_LENGTH; H x W = FRAME_SIZE;
 F numbers in a feature vector, 15,360 with trained weights. The network of a window, in three stages:
 
     frames (T, H, W, 3) uint8
     1. spatial      TimeDistributed(frozen ResNet50, read at FEATURE_LAYERS)       -> feature vectors (T, F)
     2. temporal     the same Dense for every frame (T, PROJECTION), then an LSTM   -> (LSTM_UNITS,)
-    3. regression   Dense(DENSE_UNITS, relu), Dense(1)                             -> count of the last frame (1,)
+    3. regression   Dense(DENSE_UNITS, relu), Dense(1)                             -> last frame's count (1,)
 
 The spatial stage does not learn, so it reads the N + C pictures once and its features (N + C, F) are kept;
 WindowSequence feeds windows of them (BATCH_SIZE, T, F) to stages 2 and 3, which train for EPOCHS.
 """
+
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends the process without a traceback, from here on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import contextlib
 import csv
@@ -30,15 +35,11 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from textwrap import shorten
-
-if __name__ == "__main__":  # Ctrl-C ends the process without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -77,7 +78,7 @@ FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}
 FEATURE_SPREAD = True  # read the standard deviation in each cell, too; False: the mean alone, as published
 AUGMENT = 0.25  # share of training frames with a jittered copy (other light, nudged camera); 0: none, 1: all
-PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where the processor or GPU has units for it
+PRECISION = "auto"  # or "float32" or "bfloat16"; auto takes bfloat16 where the hardware has units for it
 FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more on a GPU; a change recomputes
 CACHE_FEATURES = True  # False: training batches go through ResNet50 again, as published; no better, slower
 
@@ -85,7 +86,7 @@ CACHE_FEATURES = True  # False: training batches go through ResNet50 again, as p
 PROJECTION = 32  # numbers a feature vector is reduced to before the LSTM; 0: all of them enter, as published
 LSTM_UNITS = 64  # more for longer windows
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training; 0.5 as published
-FORGET_BIAS = -1.0  # starting bias of its forget gate; higher: earlier frames weigh more (Keras starts at 1)
+FORGET_BIAS = -2.0  # starting bias of its forget gate; higher: earlier frames weigh more (Keras starts at 1)
 DENSE_UNITS = 64  # of the layer between the LSTM and the count
 
 # -- Training ------------------------------------------------------------------------------------------
@@ -112,42 +113,48 @@ def at(path):
     return ROOT / Path(path).expanduser()
 
 
+def is_optimizer(value):
+    """Whether Keras can make an optimizer of the value of OPTIMIZER."""
+    try:
+        return bool(keras.optimizers.get(value))
+    except Exception:  # Keras raises many kinds
+        return False
+
+
 def check_constants():
     """Raises InputError for a constant whose wrong value would fail late or obscurely."""
-    def is_whole(value):
-        return isinstance(value, int) and 0 <= value < 2**32
-    def is_positive(value):
-        return is_whole(value) and value > 0
-    def is_above_0(value):
-        return isinstance(value, (int, float)) and value > 0
-    def is_share(value):
-        return isinstance(value, (int, float)) and 0 <= value < 1
-    def is_pair(value):
-        return isinstance(value, tuple) and len(value) == 2 and all(map(is_positive, value))
+    def is_number(value, low, high=math.inf):
+        return isinstance(value, (int, float)) and low <= value < high
+
+    def is_whole(value, low=1):
+        return isinstance(value, int) and is_number(value, low, 2**32)
+
+    def is_pair(value, low=1):
+        return isinstance(value, tuple) and len(value) == 2 and all(is_whole(part, low) for part in value)
+
     def are_grids(value):
         return isinstance(value, dict) and len(value) > 0 and all(map(is_pair, value.values()))
-    def require(names, is_fine, remedy):
+
+    for names, is_fine, remedy in (
+        ("LABELS FRAMES OUTPUTS", lambda x: isinstance(x, (str, Path)), "a path in quotes"),
+        ("WEIGHTS COUNT", lambda x: not x or isinstance(x, (str, Path)), "a path in quotes, or None"),
+        ("SEQUENCE_LENGTH FRAME_BATCH BATCH_SIZE EPOCHS", is_whole, "a whole number above 0"),
+        ("LSTM_UNITS DENSE_UNITS", is_whole, "a whole number above 0"),
+        ("PROJECTION SEED", lambda x: is_whole(x, 0), "a whole number, 0 or more"),
+        ("AUGMENT", lambda x: x == 1 or is_number(x, 0, 1), "a number from 0 to 1"),
+        ("LSTM_DROPOUT TOLERANCE", lambda x: is_number(x, 0, 1), "a number from 0 to below 1"),
+        ("TRAIN_FRACTION", lambda x: is_number(x, 1e-9, 1), "a number between 0 and 1"),
+        ("LEARNING_RATE", lambda x: is_number(x, 1e-9, 100), "a number above 0, such as 0.1"),
+        ("FORGET_BIAS", lambda x: is_number(x, -100, 100), "a number"),
+        ("FEATURE_LAYERS FEATURE_LAYERS_RANDOM", are_grids, "{layer of ResNet50: (rows, columns), ...}"),
+        ("FRAME_SIZE", lambda x: is_pair(x, 32), "(height, width), 32 or more"),
+        ("PRECISION", ("auto", "float32", "bfloat16").__contains__, "auto, float32 or bfloat16"),
+        ("UNFAMILIAR", lambda x: is_number(x, 1e-9), "a number above 0"),
+        ("OPTIMIZER", is_optimizer, "a name such as 'adam', or Keras's {'class_name': ..., 'config': {...}}"),
+    ):
         for name in names.split():
             if not is_fine(globals()[name]):
                 raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
-    require("LABELS FRAMES OUTPUTS", lambda value: isinstance(value, (str, Path)), "a path in quotes")
-    require("WEIGHTS COUNT", lambda value: isinstance(value or "", (str, Path)), "a path in quotes, or None")
-    positive = "SEQUENCE_LENGTH FRAME_BATCH LSTM_UNITS DENSE_UNITS BATCH_SIZE EPOCHS"
-    require(positive, is_positive, "a whole number above 0")
-    require("PROJECTION SEED", is_whole, "a whole number, 0 or more")
-    require("AUGMENT", lambda value: is_share(value) or value == 1, "a number from 0 to 1")
-    require("LSTM_DROPOUT TOLERANCE", is_share, "a number from 0 to below 1")
-    require("TRAIN_FRACTION", lambda value: is_share(value) and value > 0, "between 0 and 1")
-    require("LEARNING_RATE", lambda value: is_above_0(value) and value < 100, "a number above 0, such as 0.1")
-    require("FORGET_BIAS", lambda value: isinstance(value, (int, float)) and abs(value) < 100, "a number")
-    require("FEATURE_LAYERS FEATURE_LAYERS_RANDOM", are_grids, "{layer of ResNet50: (rows, columns), ...}")
-    require("FRAME_SIZE", lambda value: is_pair(value) and min(value) >= 32, "(height, width), 32 or more")
-    require("PRECISION", lambda value: value in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16")
-    require("UNFAMILIAR", is_above_0, "a number above 0")
-    try:
-        keras.optimizers.get(OPTIMIZER)
-    except Exception as error:  # Keras raises many kinds
-        raise InputError(f"OPTIMIZER = {OPTIMIZER!r}: no optimizer of Keras ({shorten(str(error), 200)})") from None
 
 
 # == Files in OUTPUTS: whole or absent, whenever a run is cut short ========================================
@@ -426,15 +433,15 @@ def build_backbone(resnet, grids):
     return keras.Model(frame, features, name="backbone")
 
 
-def standardise(features, is_training):
+def standardise(features, trained_on):
     """Standardises features (R, F) in place, by the statistics of the training images alone, and divides them
     so that the vectors of these have length 1 on average. Returns the Keras layers that do the same.
     The scale of the second is the length of the longest: see count_people."""
-    scaler = StandardScaler().fit(features[is_training])
+    scaler = StandardScaler().fit(features[trained_on])
     scale = scaler.scale_ * math.sqrt(features.shape[1])
     features -= scaler.mean_.astype("float32")
     features /= scale.astype("float32")
-    longest = float(np.linalg.norm(features[is_training], axis=1).max())
+    longest = float(np.linalg.norm(features[trained_on], axis=1).max())
     longest = max(longest, 1e-3)  # 0 where all training images are alike
     normalization = layers.Normalization(mean=scaler.mean_, variance=np.square(scale * longest))
     return [normalization, layers.Rescaling(longest, name="longest")]
@@ -541,7 +548,7 @@ def predict_frames(model, frames, folder=None):
     return features
 
 
-FEATURES_VERSION = 1  # raise it with every change of the code above that changes features: stored ones are dropped
+FEATURES_VERSION = 1  # raise it when code above changes the features: stored ones are then dropped
 
 
 def open_cache(cache, frames, n_train, resnet, grids):
@@ -644,8 +651,6 @@ def save_results(outputs, model, history, table, run):
     try:
         figures = draw_figures(history, validation, title)
         write_files(outputs, {name: figure.savefig for name, figure in figures.items()})
-    except InputError:
-        raise
     except Exception as error:  # matplotlib and its back ends raise many kinds
         print(f"Warning: no figures ({shorten(str(error), 200)}); all else is saved.", file=sys.stderr)
 
@@ -662,29 +667,19 @@ def find_footage(folder):
     return sorted(frames, key=by_numbers)
 
 
-def load_model(path):
-    """The model in a ts_crowdnet.keras and its three stages: (model, spatial, temporal, regression)."""
-    try:
-        model = path
-        if isinstance(path, (str, Path)):
-            model = keras.saving.load_model(Path(path).expanduser(), compile=False)
-        spatial = model.get_layer("spatial").layer
-        return model, spatial, model.get_layer("temporal"), model.get_layer("regression")
-    except Exception as error:  # zipfile, h5py and Keras raise many kinds
-        raise InputError(f"{path}: no model written by this script ({error}); train one first") from None
-
-
-def split_for_counting(spatial, temporal, regression):
+def split_for_counting(model):
     """The network in two, so that a long recording is read once and little is kept of each of its frames:
     (frame (H, W, 3) -> (P + 1,), windows of P numbers (T, P) -> people (1,)). P: PROJECTION, or F if that is
     0. The last of the P + 1 is the length of the feature vector, 1 for the longest training image."""
+    spatial, temporal = model.get_layer("spatial").layer, model.get_layer("temporal")
     features = spatial.output
     length = ops.norm(features, axis=-1, keepdims=True) / spatial.get_layer("longest").scale
-    names = [layer.name for layer in temporal.layers]
-    reduced = temporal.get_layer("projection")(features) if "projection" in names else features
+    reduced = features
+    for layer in temporal.layers[1:-1]:  # the projection, if there is one, between the input and the LSTM
+        reduced = layer(reduced)
     per_frame = keras.Model(spatial.input, layers.Concatenate()([reduced, length]))
     windows = keras.Input((temporal.input_shape[1], reduced.shape[-1]))
-    per_window = keras.Model(windows, regression(temporal.get_layer("lstm")(windows)))
+    per_window = keras.Model(windows, model.get_layer("regression")(temporal.layers[-1](windows)))
     return per_frame, per_window
 
 
@@ -697,9 +692,13 @@ def count_people(model, frames):
     paths = [Path(path).expanduser() for path in found]
     if not paths:
         raise InputError(f"{frames}: no frames to count; give some of {', '.join(COUNTED_TYPES)}")
-    model, *stages = load_model(model)
+    try:
+        if isinstance(model, (str, Path)):
+            model = keras.saving.load_model(Path(model).expanduser(), compile=False)
+        per_frame, per_window = split_for_counting(model)
+    except Exception as error:  # zipfile, h5py and Keras raise many kinds
+        raise InputError(f"{model}: no model written by this script ({error}); train one first") from None
     check_frames(paths)
-    per_frame, per_window = split_for_counting(*stages)
     reduced = predict_frames(per_frame, Frames(paths, model.input_shape[2:4]))  # (N, P + 1)
     windows = make_windows(np.arange(len(paths)), model.input_shape[1])
     sequence = WindowSequence(reduced[:, :-1], windows, np.zeros(len(paths)))
@@ -745,8 +744,8 @@ def main():
         backbone, features, weights = extract_features(frames, n_train, outputs / "feature_cache")
         copy_of = np.arange(n)
         copy_of[copied] = n + np.arange(len(copied))
-        is_training = np.r_[:n_train, n : n + len(copied)]
-        standardisation = standardise(features, is_training)  # features (N + C, F)
+        trained_on = np.r_[:n_train, n : n + len(copied)]
+        standardisation = standardise(features, trained_on)  # features (N + C, F)
 
         # Temporal and regression: trained on windows of the feature vectors.
         keras.utils.set_random_seed(SEED)

@@ -33,10 +33,17 @@ import numpy as np
 
 MARGIN, FOLDS = 5, 10
 PREPROCESS = keras.applications.resnet50.preprocess_input
-ROWS = {  # name: constants and functions of the script that differ; LSTM: whether there is one
+ROWS = {  # name: constants and functions of the script that differ
     "default": {},
     "1 frame instead of 5": {"SEQUENCE_LENGTH": 1},
-    "ridge regression alone, no LSTM": {"LSTM": False},
+    "no projection: the LSTM sees the feature vectors": {"PROJECTION": 0},
+    "Keras's forget bias": {"FORGET_BIAS": 1.0},
+    "Adam, 1e-3": {"OPTIMIZER": "adam", "LEARNING_RATE": 1e-3},
+    "published head, Adam": {
+        "PROJECTION": 0, "LSTM_UNITS": 512, "LSTM_DROPOUT": 0.5, "FORGET_BIAS": 1.0, "DENSE_UNITS": 256,
+        "BATCH_SIZE": 16, "OPTIMIZER": "adam", "LEARNING_RATE": 1e-3, "AUGMENT": 0,
+    },  # fmt: skip
+    "a copy of every training frame": {"AUGMENT": 1},
     "no jittered copies": {"AUGMENT": 0},
     "no channel normalisation": {"normalise": lambda frames: PREPROCESS(ts.ops.cast(frames, "float32"))},
     "every stage summarised over the whole frame": {"grids": (1, 1)},
@@ -50,7 +57,7 @@ ROWS = {  # name: constants and functions of the script that differ; LSTM: wheth
 
 def settings(row):
     """The script's constants and functions for a row."""
-    changes = {name: value for name, value in row.items() if name not in ("grids", "LSTM")}
+    changes = {name: value for name, value in row.items() if name != "grids"}
     if "grids" in row:
         for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
             layers = getattr(ts, name)
@@ -58,45 +65,54 @@ def settings(row):
     return changes
 
 
-def predict(row, features, counts, ids, train, tests):
-    """Counts of each of tests, features (M, F) of stretches of frames, by a model of the training rows."""
-    copies = [train + len(counts) * (copy + 1) for copy in range(ts.AUGMENT)]
-    regression, *_ = ts.fit_regression(features, np.concatenate([train, *copies]), counts[train])
-    tests = [regression.predict(test, batch_size=256, verbose=0)[:, :1] for test in tests]
-    if not row.get("LSTM", True):
-        return [np.maximum(test[:, 0], 0) for test in tests]
-    estimates = regression.predict(features[: len(counts)], batch_size=256, verbose=0)[:, :1]
+def predict(features, counts, ids, train, tests):
+    """Counts of each of tests, features (M, F) of stretches of frames, by a network of the training rows (M,).
+    features: of the N frames, then of a copy of each."""
+    n = len(counts)
+    copied = ts.choose_copied(len(train))
+    rows = np.concatenate([np.arange(n), n + train[copied]])
+    copy_of = np.arange(n)
+    copy_of[train[copied]] = n + np.arange(len(copied))
+    known = features[rows]
+    layers = ts.standardise(known, np.concatenate([train, n + np.arange(len(copied))]))
     keras.utils.set_random_seed(ts.SEED)
-    head = ts.build_head(counts[train])
+    shape = (ts.SEQUENCE_LENGTH, known.shape[1])
+    head = ts.build_network(shape, None, ts.build_temporal(shape[1]), ts.build_regression(counts[train]))
     windows = ts.make_windows(ids, ts.SEQUENCE_LENGTH)
-    training = ts.WindowSequence(estimates, windows[train], counts[train, None], shuffle=True)
-    ts.train(head, training, ts.WindowSequence(estimates, windows[:1], counts[:1, None]))
-    return [head.predict(test[ts.make_windows(np.arange(len(test)), ts.SEQUENCE_LENGTH)], verbose=0)[:, 0] for test in tests]
+    training = ts.WindowSequence(known, windows[train], counts[train], copy_of)
+    ts.train(head, training, ts.WindowSequence(known, windows[:1], counts[:1]), counts[train])
+    counted = []
+    for test in tests:
+        for layer in layers:
+            test = np.asarray(layer(test))
+        windows = ts.make_windows(np.arange(len(test)), ts.SEQUENCE_LENGTH)
+        sequence = ts.WindowSequence(test, windows, np.zeros(len(test)))
+        counted.append(np.maximum(head.predict(sequence, verbose=0)[:, 0], 0))
+    return counted
 
 
 def measure_row(row, labels, others, folder):
     """{column: (MAE, MSE)} of a row, with the script's constants as they are."""
     paths, counts, ids = ts.find_frames(labels.index), labels.to_numpy(), labels.index.to_numpy()
     n, half = len(counts), len(counts) // 2
-    key = repr((ts.SEED, ts.FRAME_SIZE, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
+    key = repr((ts.SEED, ts.FRAME_SIZE, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))  # of every frame a copy: rows take their share
     if key not in measure_row.features:
-        augment, ts.AUGMENT = ts.AUGMENT, 1  # a row without copies takes the same features, and leaves those out
-        backbone, _, features, run = ts.extract_features(paths, n, folder / "cache")
-        ts.AUGMENT = augment
+        copies = ts.Frames(paths, ts.FRAME_SIZE, np.arange(n))
+        backbone, features, _ = ts.extract_features(copies, half, folder / "cache")
         seen = {}
         for name, other in others.items():
             frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
-            seen[name] = ts.predict_frames(backbone, frames, run["precision"])
+            seen[name] = ts.predict_frames(backbone, frames)
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 
     conditions = {"later": features[half:n]} | seen
-    predicted = predict(row, features, counts, ids, np.arange(half), conditions.values())
+    predicted = predict(features, counts, ids, np.arange(half), conditions.values())
     scores = {name: ts.measure(counts[half:], counted) for name, counted in zip(conditions, predicted)}
     counted = np.empty(n)
     for fold in np.array_split(np.arange(n), FOLDS):
         train = np.flatnonzero((np.arange(n) < fold[0] - MARGIN) | (np.arange(n) > fold[-1] + MARGIN))
-        (counted[fold],) = predict(row, features, counts, ids, train, [features[fold]])
+        (counted[fold],) = predict(features, counts, ids, train, [features[fold]])
     scores["folds"] = ts.measure(counts, counted)
     return {name: (score["mae"], score["mse"]) for name, score in scores.items()}
 

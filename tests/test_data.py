@@ -37,7 +37,7 @@ def sequence(monkeypatch):
     monkeypatch.setattr(ts, "BATCH_SIZE", 4)
     source = np.arange(10.0)[:, None] * [1, 10]  # feature values tell their row
     windows = ts.make_windows(np.arange(10), 3)
-    return lambda **options: ts.WindowSequence(source, windows, np.arange(10)[:, None] + 100.0, **options)
+    return lambda **options: ts.WindowSequence(source, windows, np.arange(10) + 100.0, **options)
 
 
 def read(sequence):
@@ -55,7 +55,7 @@ def test_sequence_covers_every_window_in_order_and_keeps_the_tail(sequence):
 
 def test_sequence_shuffles_anew_each_epoch_and_alike_for_one_seed(sequence, monkeypatch):
     def epochs():
-        training = sequence(shuffle=True)
+        training = sequence(copy_of=np.arange(10))
         orders = []
         for _ in range(3):
             x, y = read(training)
@@ -72,6 +72,24 @@ def test_sequence_shuffles_anew_each_epoch_and_alike_for_one_seed(sequence, monk
     assert epochs() != first
 
 
+def test_about_half_of_the_windows_show_copies_and_every_epoch_draws_anew(monkeypatch):
+    """Frames 0, 4 and 8 have copies, in rows 10, 11 and 12; a window shows all of its copies or none."""
+    monkeypatch.setattr(ts, "BATCH_SIZE", 4)
+    copy_of = np.arange(10)
+    copy_of[[0, 4, 8]] = [10, 11, 12]
+    windows = ts.make_windows(np.arange(10), 3)
+    training = ts.WindowSequence(np.arange(13.0)[:, None], windows, np.arange(10.0), copy_of)
+    with_copies = []
+    for _ in range(40):
+        x, y = read(training)
+        for window, last in zip(x[:, :, 0], y.astype(int)):
+            assert window.tolist() in (windows[last].tolist(), copy_of[windows[last]].tolist())
+            with_copies.append((window > 9).any())
+        training.on_epoch_end()
+    able = np.isin(windows, [0, 4, 8]).any(axis=1).mean()
+    assert np.mean(with_copies) == pytest.approx(able / 2, abs=0.12)
+
+
 def test_sequence_reads_a_shared_frame_once(sequence):
     class Counting:
         def __init__(self, data):
@@ -82,9 +100,9 @@ def test_sequence_reads_a_shared_frame_once(sequence):
             return self.data[rows]
 
     plain = sequence()
-    plain.source = Counting(plain.source)
+    plain.images = Counting(plain.images)
     plain[1]
-    assert plain.source.rows[0].tolist() == [2, 3, 4, 5, 6, 7]
+    assert plain.images.rows[0].tolist() == [2, 3, 4, 5, 6, 7]
 
 
 LABELS = {
@@ -142,7 +160,7 @@ def test_frames_are_found_in_the_parent_folder_too(video, constants):
 
 def test_copies_show_the_same_scene_in_other_light_from_a_nudged_camera(video, constants):
     paths = ts.find_frames([1, 2])
-    frames = ts.Frames(paths, (48, 64), copies=2 * paths)
+    frames = ts.Frames(paths, (48, 64), copied=[0, 1, 0, 1])
     assert len(frames) == 6
     shown = frames[np.arange(6)].astype(float)
     with Image.open(paths[0]) as image:

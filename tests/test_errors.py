@@ -119,17 +119,17 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "count without a model": (None, {"COUNT": "frames/frames", "OUTPUTS": "other"}, ["ts_crowdnet.keras", "train one first"]),
     "count in no folder": (None, {"COUNT": "footage"}, ["footage", "No such file"]),
     "a folder where a result goes": (lambda folder: (folder / "outputs/history.csv").mkdir(parents=True), {}, ["history.csv", "folder", "rename"]),
-    "a folder where a new result goes": (lambda folder: (folder / "outputs/.new-loss.png").mkdir(parents=True), {}, [".new-loss.png", "folder"]),
+    "a folder where a new result goes": (lambda folder: (folder / "outputs/.new-history.csv").mkdir(parents=True), {}, [".new-history.csv", "folder"]),
     "count with a broken model": (None, {"COUNT": "frames/frames"}, ["ts_crowdnet.keras", "no model"]),
 } | {
     f"{name} = {value!r}": (None, {name: value}, [f"{name} = "])
     for name, value in [
         ("TRAIN_FRACTION", 1), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5), ("EPOCHS", -1),
         ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)),
-        ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("ESTIMATE_NOISE", -1), ("ESTIMATE_NOISE", 1.5),
-        ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0), ("PENALTIES", (1e-3, 0)), ("PENALTIES", ()), ("PENALTIES", 1e-3), ("FEATURE_LAYERS", ["conv5_block3_out"]),
+        ("LEARNING_RATE", -1), ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("LSTM_DROPOUT", -1), ("LSTM_DROPOUT", 1.0), ("PROJECTION", -1), ("DENSE_UNITS", 0), ("FORGET_BIAS", "low"), ("OPTIMIZER", "sdg"), ("OPTIMIZER", {"class_name": "SGD", "config": {"momentun": 1}}),
+        ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0), ("FEATURE_LAYERS", ["conv5_block3_out"]),
         ("TRAIN_FRACTION", 0), ("LEARNING_RATE", 0), ("COUNT", True), ("COUNT", 5), ("WEIGHTS", True),
-        ("AUGMENT", -1), ("AUGMENT", 0.5), ("FEATURE_LAYERS", {}), ("FEATURE_LAYERS_RANDOM", {"conv1_relu": 3}), ("PRECISION", "bf16"),
+        ("AUGMENT", -1), ("AUGMENT", 2), ("FEATURE_LAYERS", {}), ("FEATURE_LAYERS_RANDOM", {"conv1_relu": 3}), ("PRECISION", "bf16"),
     ]  # fmt: skip
 }
 

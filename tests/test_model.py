@@ -1,4 +1,4 @@
-"""The backbone, the regression, the head and the saved model; weights; counting."""
+"""The three stages and the saved model; weights; precision; counting."""
 
 import subprocess
 import sys
@@ -9,8 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from sklearn.linear_model import Ridge
-from sklearn.preprocessing import StandardScaler
 
 import tscrowdnet_train as ts
 from conftest import RESNET50
@@ -87,105 +85,79 @@ def test_calibration_gives_random_weights_activations_of_even_size(frames):
     assert abs(normalised.mean()) < 0.05 and 0.9 < normalised.std() < 1.1
 
 
-def fitted(features, counts, monkeypatch=None):
-    model, error, _ = ts.fit_regression(features.astype("float32"), np.arange(len(features)), counts)
-    return model, error, model.predict(features.astype("float32"), verbose=0)
-
-
-def test_the_regression_is_ridge_regression_on_standardised_features(monkeypatch):
+def test_standardising_uses_training_images_alone_and_gives_length_1_on_average():
+    """And the Keras layers do to raw features what was done to the array."""
     rng = np.random.default_rng(0)
-    for width in (15, 400):
-        features = rng.normal(5, 2, (60, width)) * rng.uniform(0.1, 10, width)
-        counts = features[:, 0] / features[:, 0].std() * 3 + 30 + rng.normal(0, 1, 60)
-        monkeypatch.setattr(ts, "PENALTIES", (0.01,))
-        _, _, found = fitted(features, counts)
-        scaled = StandardScaler().fit_transform(features) / width**0.5
-        expected = Ridge(alpha=0.01 * 60).fit(scaled, counts).predict(scaled)
-        np.testing.assert_allclose(found[:, 0], expected, atol=2e-3)
+    raw = (rng.normal(5, 2, (60, 300)) * rng.uniform(0.1, 10, 300)).astype("float32")
+    raw[:, 0] = 7  # a dead channel
+    raw[50:] *= 3  # validation frames of another kind
+    features = raw.copy()
+    layers = ts.standardise(features, np.arange(50))
+    np.testing.assert_allclose(features[:50].mean(axis=0), 0, atol=1e-5)
+    lengths = np.linalg.norm(features, axis=1)
+    assert (lengths[:50] ** 2).mean() == pytest.approx(299 / 300, rel=1e-3)
+    assert layers[-1].scale == pytest.approx(lengths[:50].max(), rel=1e-5), "the longest is kept: it marks unfamiliar frames"
+    found = raw
+    for layer in layers:
+        found = layer(found)
+    np.testing.assert_allclose(np.asarray(found), features, atol=1e-4)
 
 
-def test_the_penalty_is_the_one_that_does_best_on_stretches_left_out():
-    """Features of pure noise are worth nothing: the highest penalty; counts written in the features: a low one."""
+@pytest.mark.parametrize("share", [0, 0.25, 0.3, 1])
+def test_copies_are_spread_evenly_over_the_training_frames(constants, share):
+    constants(AUGMENT=share)
+    copied = ts.choose_copied(100)
+    assert len(copied) == pytest.approx(100 * share, abs=1) and len(set(copied)) == len(copied)
+    assert not len(copied) or (copied[0] == 0 and 100 - 2 / share <= copied[-1] < 100 and np.ptp(np.diff(copied)) <= 1)
+
+
+def test_the_network_has_the_three_stages(first_run, constants):
+    """TimeDistributed ResNet50 -> LSTM that sees the sequence of projected feature vectors -> dense layers."""
+    model = keras.saving.load_model(first_run / "outputs" / "ts_crowdnet.keras")
+    spatial, temporal, regression = (model.get_layer(name) for name in ("spatial", "temporal", "regression"))
+    assert isinstance(spatial, keras.layers.TimeDistributed) and not spatial.trainable_weights
+    width = spatial.layer.output_shape[-1]
+    assert temporal.input_shape == (None, 5, width) and temporal.get_layer("lstm").input.shape == (None, 5, ts.PROJECTION)
+    assert temporal.get_layer("projection").kernel.shape == (width, ts.PROJECTION)
+    assert temporal.get_layer("lstm").units == regression.input_shape[1] == ts.LSTM_UNITS
+    assert [layer.units for layer in regression.layers if isinstance(layer, keras.layers.Dense)] == [ts.DENSE_UNITS, 1]
+
+
+def test_the_forget_gate_starts_at_its_bias_and_the_others_at_0(constants):
+    constants(LSTM_UNITS=3, FORGET_BIAS=-1.5)
+    bias = ts.build_temporal(7).get_layer("lstm").get_weights()[2]
+    assert bias.tolist() == [0] * 3 + [-1.5] * 3 + [0] * 6
+
+
+def test_it_learns_what_the_features_say_and_starts_at_the_mean(constants):
+    """Counts written in one direction of the features, and noise."""
+    constants(EPOCHS=30, BATCH_SIZE=16)
     rng = np.random.default_rng(0)
-    counts = rng.integers(10, 50, 100).astype(float)
-    noise = rng.normal(0, 1, (200, 300))
-    _, error, found = fitted(noise, counts)
-    assert np.ptp(found[:100, 0]) < 0.5 * np.ptp(counts) and error > 0.9 * np.abs(counts - counts.mean()).mean()
-    written = np.column_stack([np.tile(counts, 2), noise[:, :3]])
-    _, error, found = fitted(written, counts)
-    assert error < 0.5 and np.abs(found[:100, 0] - counts).max() < 1
-
-
-def test_every_fold_has_an_intercept_of_its_own(monkeypatch):
-    """A video whose counts drift: the error on its fifths is that of ridge regression fitted to the others alone."""
-    rng = np.random.default_rng(0)
-    counts = np.linspace(0, 40, 50) + rng.normal(0, 1, 50)
-    features = rng.normal(0, 1, (50, 20)).astype("float32")
-    monkeypatch.setattr(ts, "PENALTIES", (0.1,))
-    _, error, _ = fitted(features, counts)
-    scaled = StandardScaler().fit_transform(features) / 20**0.5
-    errors = []
-    for fold in np.split(np.arange(50), 5):
-        others = np.setdiff1d(np.arange(50), fold)
-        ridge = Ridge(alpha=0.1 * 50).fit(scaled[others], counts[others])
-        errors.append(np.abs(ridge.predict(scaled[fold]) - counts[fold]).mean())
-    assert error == pytest.approx(np.mean(errors), rel=1e-3)
-
-
-def test_copies_are_left_out_with_their_frames():
-    """Copies that repeat their frame's noise would otherwise foretell its count, and the error would look small."""
-    rng = np.random.default_rng(0)
-    counts = rng.integers(10, 50, 50).astype(float)
-    noise = rng.normal(0, 1, (50, 300))
-    _, error, _ = fitted(np.tile(noise, (2, 1)), counts)
-    assert error > 0.9 * np.abs(counts - counts.mean()).mean()
-
-
-@pytest.mark.parametrize("frames", [2, 3, 6])
-def test_few_frames_can_be_fitted(frames):
-    rng = np.random.default_rng(0)
-    _, _, found = fitted(rng.normal(0, 1, (frames, 10)), np.arange(frames) + 5.0)
-    assert np.isfinite(found).all()
-
-
-def test_long_videos_are_thinned_evenly_and_keep_frames_and_counts_together(monkeypatch):
-    counts = np.random.default_rng(0).permutation(3000).astype(float)  # of the 6,000 rows, 5,000 are used
-
-    class Search:
-        def __init__(self, *_, **__):
-            pass
-
-        def fit(self, kernel, counts, groups):
-            Search.seen = kernel, counts, groups
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(ts, "GridSearchCV", Search)
-    with pytest.raises(KeyboardInterrupt):
-        ts.fit_regression(np.tile(counts, 2)[:, None].astype("float32"), np.arange(6000), counts)
-    kernel, kept, groups = Search.seen
-    assert kernel.shape == (5000, 5000) and len(set(kept)) >= 2500
-    z = (kept - kept.mean()) / kept.std()
-    np.testing.assert_allclose(kernel[0], z[0] * z, atol=1e-3)
-    frames = np.argsort(counts)[kept.astype(int)]
-    assert (groups == frames * 5 // 3000).all(), "the folds are fifths of the video, copies with their frames"
-
-
-def test_distance_is_1_for_the_furthest_training_frame():
-    rng = np.random.default_rng(0)
-    features = rng.normal(3, 2, (40, 12)).astype("float32")
-    model, _, found = fitted(features, rng.integers(0, 9, 40).astype(float))
-    assert found[:, 1].max() == pytest.approx(1, abs=1e-3) and found[:, 1].min() > 0
-    assert model.predict(features.mean(axis=0, keepdims=True), verbose=0)[0, 1] < 0.05
-    assert model.predict(features * 10, verbose=0)[:, 1].min() > 2
-
-
-def test_counts_are_never_negative(constants):
+    counts = rng.integers(10, 50, 200).astype(float)
+    features = rng.normal(0, 1, (200, 40)).astype("float32")
+    features[:, :20] += ((counts - 30) / 5)[:, None]
+    rows = np.arange(200)
+    ts.standardise(features, rows[:150])
     keras.utils.set_random_seed(0)
-    head = ts.build_head(np.arange(16.0))
-    assert (head.predict(np.random.default_rng(0).normal(0, 1e3, (50, 5, 1)), verbose=0) >= 0).all()
+    head = ts.build_network((5, 40), None, ts.build_temporal(40), ts.build_regression(counts[:150]))
+    windows = ts.make_windows(rows, 5)
+    training = ts.WindowSequence(features, windows[:150], counts[:150], copy_of=rows)
+    validation = ts.WindowSequence(features, windows[150:], counts[150:])
+    assert head.predict(validation, verbose=0).mean() == pytest.approx(counts[:150].mean(), abs=4)
+    history = ts.train(head, training, validation, counts[:150])
+    error = np.abs(head.predict(validation, verbose=0)[:, 0] - counts[150:]).mean()
+    assert error < 0.3 * np.abs(counts[150:] - counts[:150].mean()).mean()
+    assert history["val_mae"].iloc[-1] == pytest.approx(error, rel=1e-3)
 
 
-def test_the_saved_model_predicts_on_frames_what_the_head_predicted_on_estimates(first_run, constants, tmp_path):
+def test_a_video_without_people_is_counted_as_empty(finished, run):
+    labels = pd.read_csv(finished / "labels.csv")
+    labels.assign(count=0).to_csv(finished / "labels.csv", index=False)
+    metrics, table = run()
+    assert (table["predicted"] >= 0).all() and metrics["mae"] < 0.5 and np.isfinite(metrics["mse"])
+
+
+def test_the_saved_model_predicts_on_frames_what_was_predicted_from_features(first_run, constants, tmp_path):
     """In a process that knows nothing of the script."""
     table = pd.read_csv(first_run / "outputs" / "predictions.csv")
     frames = ts.Frames(sorted((first_run / "frames" / "frames").iterdir()), ts.FRAME_SIZE)
@@ -203,7 +175,7 @@ np.save({str(tmp_path / "counts.npy")!r}, model.predict(np.load({str(tmp_path / 
     assert np.abs(np.load(tmp_path / "counts.npy") - table["predicted"]).max() < 1e-3
 
 
-def test_literal_training_gives_the_same_model(finished, run):
+def test_literal_training_gives_the_same_model(finished, run):  # copies too: a quarter of the frames has one
     """Windows of frames through TimeDistributed ResNet50 at every step, against features from the disk."""
     table = pd.read_csv(finished / "outputs" / "predictions.csv")
     _, same = run(CACHE_FEATURES=False)
@@ -221,22 +193,21 @@ def test_bfloat16_counts_like_float32(finished, run, constants):
         assert np.abs(counts.to_numpy() - table["predicted"]).max() < 0.1
 
 
-@pytest.mark.parametrize(("ratio", "expected"), [(1.3, "float32"), (1.7, "bfloat16"), (0.2, "float32")])
-def test_auto_takes_bfloat16_where_it_is_clearly_faster(frames, constants, monkeypatch, ratio, expected):
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("sse avx512_bf16 fma", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx2 avx512f", "float32"), (None, "float32")]
+)
+def test_auto_takes_bfloat16_where_the_processor_has_units_for_it(constants, monkeypatch, flags, expected):
     constants(PRECISION="auto")
-    backbone = ts.build_backbone(random_resnet(["conv1_relu"]), {"conv1_relu": (1, 1)})
 
-    def repeat(predict, number, repeat):
-        """Trials of which the first is slow, and one disturbed."""
-        predict()
-        rough = backbone.get_layer("resnet50").layers[1].compute_dtype == "bfloat16"
-        best = 1.0 if rough else ratio
-        return [9.0, best, best * 1.1, 3.0][:repeat]
+    def read_text(path):
+        if flags is None:
+            raise FileNotFoundError(path)
+        return flags
 
-    monkeypatch.setattr(ts.timeit, "repeat", repeat)
-    assert ts.choose_precision(backbone, frames) == expected
+    monkeypatch.setattr(ts.Path, "read_text", read_text)
+    assert ts.choose_precision() == expected
     constants(PRECISION="bfloat16")
-    assert ts.choose_precision(None, None) == "bfloat16"
+    assert ts.choose_precision() == "bfloat16"
 
 
 def test_nothing_is_fitted_to_validation_frames(finished, run):
@@ -259,10 +230,21 @@ def test_jittered_copies_train_the_model(finished, run):
     assert np.abs(without["predicted"] - with_copies).max() > 0.01
 
 
-def test_the_published_read_out_runs(run, whole_resnet50):
-    """The README's recipe of the published original: one layer, one average; here of small frames."""
-    metrics, table = run(FRAME_SIZE=(64, 64), FEATURE_LAYERS_RANDOM={"conv5_block3_out": (1, 1)})
-    assert table["predicted"].notna().all() and metrics["mae"] > 0
+def test_the_published_recipe_gives_the_published_network(run, whole_resnet50):
+    """The README's edits, read from the README; here of small frames and one epoch."""
+    readme = (Path(ts.__file__).parent / "README.md").read_text()
+    block = readme.split("<!-- recipe -->")[1].split("```")[1].removeprefix("python\n")
+    recipe = {}
+    exec(block, {}, recipe)
+    assert recipe.pop("FRAME_SIZE") == (224, 224)
+    metrics, table = run(**recipe | {"FRAME_SIZE": (64, 64), "EPOCHS": 1})
+    assert table["predicted"].notna().all() and metrics["mae"] > 0 and metrics["features"] == 2048
+    model = keras.saving.load_model(ts.ROOT / "outputs" / "ts_crowdnet.keras")
+    temporal = model.get_layer("temporal")
+    assert [type(layer).__name__ for layer in temporal.layers] == ["InputLayer", "LSTM"]
+    lstm = temporal.get_layer("lstm")
+    assert lstm.input.shape == (None, 5, 2048) and lstm.units == 512 and lstm.dropout == 0.5
+    assert model.get_layer("regression").get_layer("dense").units == 256
 
 
 @pytest.mark.parametrize(
@@ -305,7 +287,7 @@ def test_trained_weights_from_a_file_are_read_at_their_own_layers(run, weight_fi
     path, _ = weight_file
     metrics, table = run(WEIGHTS=str(path), FEATURE_LAYERS={"conv2_block1_out": (1, 2)}, FEATURE_LAYERS_RANDOM={"conv1_relu": (1, 1)})
     assert metrics["weights"] == path.name
-    backbone = keras.saving.load_model(ts.ROOT / "outputs" / "ts_crowdnet.keras").get_layer("time_distributed_resnet50").layer
+    backbone = keras.saving.load_model(ts.ROOT / "outputs" / "ts_crowdnet.keras").get_layer("spatial").layer
     assert backbone.get_layer("resnet50").outputs[0].shape[-1] == 256
 
 
