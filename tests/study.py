@@ -95,9 +95,9 @@ def measure_row(row, labels, others, folder):
     """{column: (MAE, MSE)} of a row, with the script's constants as they are."""
     paths, counts, ids = ts.find_frames(labels.index), labels.to_numpy(), labels.index.to_numpy()
     n, half = len(counts), len(counts) // 2
-    key = repr((ts.SEED, ts.FRAME_SIZE, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))  # of every frame a copy: rows take their share
+    key = repr((ts.SEED, ts.FRAME_SIZE, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
     if key not in measure_row.features:
-        copies = ts.Frames(paths, ts.FRAME_SIZE, np.arange(n))
+        copies = ts.Frames(paths, ts.FRAME_SIZE, np.arange(n))  # one of every frame: rows take their share
         backbone, features, _ = ts.extract_features(copies, half, folder / "cache")
         seen = {}
         for name, other in others.items():
