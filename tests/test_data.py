@@ -159,17 +159,20 @@ def test_frames_are_found_in_the_parent_folder_too(video, constants):
 
 
 def test_copies_show_the_same_scene_in_other_light_from_a_nudged_camera(video, constants):
-    paths = ts.find_frames([1, 2])
-    frames = ts.Frames(paths, (48, 64), copied=[0, 1, 0, 1])
-    assert len(frames) == 6
-    shown = frames[np.arange(6)].astype(float)
+    constants(AUGMENT=1)
+    paths = ts.find_frames([1, 2]) * 2
+    frames = ts.Frames(paths, (48, 64), n_train=4)
+    assert len(frames) == 8 and frames.copy_of.tolist() == [4, 5, 6, 7]
+    shown = frames[np.arange(8)].astype(float)
     with Image.open(paths[0]) as image:
         assert (shown[0] == np.asarray(image)).all(), "frames themselves stay as they are"
-    for copy in (2, 3, 4, 5):
-        change = np.abs(shown[copy] - shown[copy % 2]).mean()
+    for frame, copy in enumerate(frames.copy_of):
+        change = np.abs(shown[copy] - shown[frame]).mean()
         assert 2 < change < 60, "changed, but not beyond recognition"
-    assert np.abs(shown[2] - shown[4]).mean() > 2, "each copy in a way of its own"
+    assert np.abs(shown[4] - shown[6]).mean() > 2, "each copy in a way of its own"
     assert (frames[[4]] == shown[4]).all(), "and always the same for the same SEED"
+    constants(SEED=1)
+    assert np.abs(frames[[4]] - shown[4]).mean() > 2
 
 
 def test_jitter_keeps_within_its_bounds():

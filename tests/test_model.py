@@ -1,4 +1,4 @@
-"""The three stages and the saved model; weights; precision; counting."""
+"""The three stages and the saved model; weights; precision."""
 
 import subprocess
 import sys
@@ -92,21 +92,21 @@ def test_standardising_uses_training_images_alone_and_gives_length_1_on_average(
     raw[:, 0] = 7  # a dead channel
     raw[50:] *= 3  # validation frames of another kind
     features = raw.copy()
-    layers = ts.standardise(features, np.arange(50))
+    raw_input = keras.Input((300,))
+    spatial = ts.build_spatial(keras.Model(raw_input, raw_input), features, np.arange(50))
     np.testing.assert_allclose(features[:50].mean(axis=0), 0, atol=1e-5)
     lengths = np.linalg.norm(features, axis=1)
     assert (lengths[:50] ** 2).mean() == pytest.approx(299 / 300, rel=1e-3)
-    assert layers[-1].scale == pytest.approx(lengths[:50].max(), rel=1e-5), "the longest is kept: it marks unfamiliar frames"
-    found = raw
-    for layer in layers:
-        found = layer(found)
-    np.testing.assert_allclose(np.asarray(found), features, atol=1e-4)
+    assert spatial.get_layer("longest").scale == pytest.approx(lengths[:50].max(), rel=1e-5)
+    np.testing.assert_allclose(spatial.predict(raw, verbose=0), features, atol=1e-4)
 
 
 @pytest.mark.parametrize("share", [0, 0.25, 0.3, 1])
 def test_copies_are_spread_evenly_over_the_training_frames(constants, share):
     constants(AUGMENT=share)
-    copied = ts.choose_copied(100)
+    copy_of = ts.Frames([Path("frame.jpg")] * 150, (48, 64), n_train=100).copy_of
+    copied = np.flatnonzero(copy_of != np.arange(150))
+    assert copy_of[copied].tolist() == list(range(150, 150 + len(copied)))
     assert len(copied) == pytest.approx(100 * share, abs=1) and len(set(copied)) == len(copied)
     assert not len(copied) or (copied[0] == 0 and 100 - 2 / share <= copied[-1] < 100 and np.ptp(np.diff(copied)) <= 1)
 
@@ -137,14 +137,15 @@ def test_it_learns_what_the_features_say_and_starts_at_the_mean(constants):
     features = rng.normal(0, 1, (200, 40)).astype("float32")
     features[:, :20] += ((counts - 30) / 5)[:, None]
     rows = np.arange(200)
-    ts.standardise(features, rows[:150])
+    raw = keras.Input((40,))
+    ts.build_spatial(keras.Model(raw, raw), features, rows[:150])
     keras.utils.set_random_seed(0)
     head = ts.build_network((5, 40), None, ts.build_temporal(40), ts.build_regression(counts[:150]))
     windows = ts.make_windows(rows, 5)
     training = ts.WindowSequence(features, windows[:150], counts[:150], copy_of=rows)
     validation = ts.WindowSequence(features, windows[150:], counts[150:])
     assert head.predict(validation, verbose=0).mean() == pytest.approx(counts[:150].mean(), abs=4)
-    history = ts.train(head, training, validation, counts[:150])
+    history = ts.train(head, training, validation)
     error = np.abs(head.predict(validation, verbose=0)[:, 0] - counts[150:]).mean()
     assert error < 0.3 * np.abs(counts[150:] - counts[:150].mean()).mean()
     assert history["val_mae"].iloc[-1] == pytest.approx(error, rel=1e-3)
@@ -161,18 +162,12 @@ def test_the_saved_model_predicts_on_frames_what_was_predicted_from_features(fir
     """In a process that knows nothing of the script."""
     table = pd.read_csv(first_run / "outputs" / "predictions.csv")
     frames = ts.Frames(sorted((first_run / "frames" / "frames").iterdir()), ts.FRAME_SIZE)
-    np.save(tmp_path / "windows.npy", frames[range(20)][ts.make_windows(np.arange(20), 5)])
-    code = f"""
-import keras, numpy as np
-model = keras.saving.load_model({str(first_run / "outputs" / "ts_crowdnet.keras")!r})
-layers = [layer for part in model.layers for layer in getattr(getattr(part, "layer", part), "layers", [part])]
-assert "TimeDistributed" in [type(layer).__name__ for layer in model.layers]
-assert {{policy for layer in layers for policy in [layer.dtype_policy.name]}} <= {{"float32", "uint8"}}
-assert model.input_shape == (None, 5, 48, 64, 3) and model.input.dtype == "uint8" and model.output_shape == (None, 1)
-np.save({str(tmp_path / "counts.npy")!r}, model.predict(np.load({str(tmp_path / "windows.npy")!r}), verbose=0)[:, 0])
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
-    assert np.abs(np.load(tmp_path / "counts.npy") - table["predicted"]).max() < 1e-3
+    windows, counts = tmp_path / "windows.npy", tmp_path / "counts.npy"
+    np.save(windows, frames[range(20)][ts.make_windows(np.arange(20), 5)])
+    program = Path(__file__).with_name("predict_saved.py")
+    model = first_run / "outputs" / "ts_crowdnet.keras"
+    subprocess.run([sys.executable, program, model, windows, counts], cwd=tmp_path, check=True, capture_output=True)
+    assert np.abs(np.load(counts) - table["predicted"]).max() < 1e-3
 
 
 def test_literal_training_gives_the_same_model(finished, run):  # copies too: a quarter of the frames has one
@@ -312,68 +307,3 @@ def test_a_failed_download_is_one_warning_and_the_same_random_weights(constants,
     assert weights.startswith("random") and is_random
     constants(WEIGHTS=None)
     assert all((a == b).all() for a, b in zip(resnet.get_weights(), ts.load_resnet50()[0].get_weights()))
-
-
-def test_counting_new_footage_matches_the_predictions(finished, constants, capsys):
-    table = pd.read_csv(finished / "outputs" / "predictions.csv")
-    model = finished / "outputs" / "ts_crowdnet.keras"
-    counts = ts.count_people(str(model), finished / "frames" / "frames")
-    assert counts.index[0] == "seq_000001.jpg" and len(counts) == 20 and counts.index.name == "frame"
-    assert np.abs(counts["count"].to_numpy() - table["predicted"]).max() < 1e-3
-    with pytest.raises(ts.InputError, match="no frames to count"):
-        ts.count_people(model, [])
-    some = sorted((finished / "frames" / "frames").iterdir())[:3]
-    few = ts.count_people(keras.saving.load_model(model), some)
-    np.testing.assert_allclose(few["count"], counts["count"][:3], atol=1e-3)
-    constants(COUNT="frames/frames")
-    ts.main()
-    written = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")
-    np.testing.assert_allclose(written["count"], counts["count"], atol=1e-3)
-    assert not written["unfamiliar"].any() and "doubt" not in capsys.readouterr().out
-
-
-def test_frames_unlike_the_training_frames_are_marked(finished, constants, capsys):
-    """Black, white, upside down and foreign frames; not those of other light or from a nudged camera."""
-    footage = finished / "footage"
-    footage.mkdir()
-    rng = np.random.default_rng(1)
-    for path in sorted((finished / "frames" / "frames").iterdir())[16:]:
-        image = Image.open(path)
-        ts.jitter(image, rng).save(footage / f"1-jittered-{path.name}", quality=95)
-        image.rotate(180).save(footage / f"2-odd-{path.name}", quality=95)
-    for name, colour in (("black", 0), ("white", 255)):
-        Image.new("RGB", (64, 48), (colour,) * 3).save(footage / f"2-odd-{name}.png")
-    sample = Path(ts.__file__).parent / "frames" / "frames" / "seq_000001.jpg"
-    (footage / "2-odd-foreign.jpg").write_bytes(sample.read_bytes())
-    constants(COUNT="footage")
-    ts.main()
-    marked = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")["unfamiliar"]
-    odd = marked.index.str.startswith("2-odd")
-    assert marked[odd].all() and marked[~odd].mean() <= 0.5, marked.to_string()
-    assert f"{marked.sum()} of them look like no training frame" in capsys.readouterr().out
-
-
-def test_footage_is_taken_in_the_order_of_its_numbers(tmp_path, capsys):
-    names = ["frame_1.jpg", "frame_2.PNG", "frame_10.jpeg", "frame_10b.webp", "frame_100.tif"]
-    for name in [*names, "._frame_3.jpg", ".hidden", "clip.mpg", "notes.pdf"]:
-        (tmp_path / name).write_bytes(b"")
-    (tmp_path / "frame_4.jpg").mkdir()
-    assert [path.name for path in ts.find_footage(tmp_path)] == names
-    assert "3 other files" in capsys.readouterr().out
-    with pytest.raises(ts.InputError, match="clips: no frames"):
-        (tmp_path / "clips").mkdir()
-        ts.count_people(tmp_path / "none.keras", tmp_path / "clips")
-
-
-def test_another_model_and_unusable_footage_are_refused_in_a_line(finished, constants, monkeypatch):
-    other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
-    other.save(finished / "other.keras")
-    for model in (other, finished / "other.keras", finished / "labels.csv", finished / "none.keras"):
-        with pytest.raises(ts.InputError, match="no model written by this script"):
-            ts.count_people(model, finished / "frames" / "frames")
-    deep = finished / "deep.png"
-    Image.fromarray(np.zeros((48, 64), "uint16")).save(deep)
-    with pytest.raises(ts.InputError, match="deep.png.*8 bits"):
-        ts.count_people(finished / "outputs" / "ts_crowdnet.keras", [deep])
-    monkeypatch.setenv("HOME", str(finished))
-    assert len(ts.count_people("~/outputs/ts_crowdnet.keras", "~/frames/frames")) == 20

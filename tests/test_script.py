@@ -22,7 +22,8 @@ import tscrowdnet_train as ts
 from conftest import TINY, check_whole, make_video, results
 
 SCRIPT = Path(ts.__file__)
-RESULTS = {"ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json", "loss.png", "predictions.png"}
+FIGURES = {f"{name}.{kind}" for name in ("loss", "predictions", "examples") for kind in ("png", "pdf")}
+RESULTS = FIGURES | {"ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json"}
 
 
 def edited_copy(folder, **constants):
@@ -40,47 +41,6 @@ def start(arguments, cwd, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-FORK = """
-import os, random, resource, signal, sys, time
-sys.path[:0] = [{tests!r}, {root!r}]
-import tscrowdnet_train as ts
-from conftest import TINY, check_whole, shallow_resnet50
-from pathlib import Path
-
-for name, value in TINY.items():
-    setattr(ts, name, value)
-ts.ROOT = Path({video!r})
-ts.keras.applications.ResNet50 = shallow_resnet50
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the script does
-moments, signals, kills, status = random.Random(3), [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"], 0, 1
-while kills < 7 or status:
-    kind = signals[kills % 4] if kills < 7 else None
-    room = int(10 ** moments.uniform(2, 6))
-    child = os.fork()  # imports are done: every moment of the child's life is the script's work
-    if not child:
-        if kind == "full disk":
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        try:
-            ts.run_as_script()
-        except SystemExit as stop:
-            print(stop.code, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    end = time.monotonic() + (moments.uniform(0.3, 1) * {seconds} if kind and kind != "full disk" else 1e6)
-    done = 0
-    while not done and time.monotonic() < end:
-        time.sleep(0.01)
-        done, status = os.waitpid(child, os.WNOHANG)
-    if not done:
-        os.kill(child, kind)
-        _, status = os.waitpid(child, 0)
-    kills += not done or kind == "full disk"
-    check_whole(ts.at(ts.OUTPUTS))
-print("finished")
-"""
-
-
 @pytest.fixture(scope="module", autouse=True)
 def processes(request, first_run, tmp_path_factory):
     """{test: (its folder, its process, to be waited for)}: one after another beside the tests of this module, for
@@ -90,11 +50,10 @@ def processes(request, first_run, tmp_path_factory):
     alone = tmp_path_factory.mktemp("alone")
     shutil.copy(SCRIPT, alone)
     code = "import signal, tscrowdnet_train as ts; print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler)"
-    names = {"tests": str(SCRIPT.parent / "tests"), "root": str(SCRIPT.parent), "video": str(killed)}
-    fork = FORK.format(**names, seconds=(first_run / "seconds").read_text())
+    killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
     runs = {
-        "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, ["-c", fork]),
         "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)]),
+        "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, killed_runs),
         "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),
         "test_importing_does_nothing": (alone, ["-B", "-c", code]),
     }
@@ -113,6 +72,50 @@ def beside(request, processes):
     """Waits for the process of a test: its folder, and what became of it."""
     folder, run = processes[request.node.name]
     return lambda: (folder, run.result())
+
+
+def test_a_user_runs_the_script(beside):
+    """From another folder."""
+    folder, done = beside()
+    assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
+    outputs = folder / "outputs"
+    assert {path.name for path in outputs.iterdir() if not path.name.startswith(".")} == RESULTS | {"feature_cache"}
+
+    metrics, table = results(outputs)
+    labels = pd.read_csv(folder / "labels.csv")
+    assert list(table.columns) == ["id", "split", "true", "predicted"]
+    assert table["id"].tolist() == labels["id"].tolist() and table["true"].tolist() == labels["count"].tolist()
+    assert table["split"].tolist() == ["train"] * 16 + ["validation"] * 4
+
+    held_out = table[table["split"] == "validation"]
+    error = held_out["predicted"] - held_out["true"]
+    expected = {
+        "mae": error.abs().mean(),
+        "mse": (error**2).mean(),
+        "rmse": (error**2).mean() ** 0.5,
+        "accuracy": (error.abs() <= 0.2 * held_out["true"]).mean(),
+        "train_frames": 16,
+        "validation_frames": 4,
+    }
+    for name, value in expected.items():
+        assert metrics[name] == pytest.approx(value, abs=1e-5), name
+    assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
+    assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["features"] > 0
+    assert metrics["versions"]["keras"] == keras.__version__ and metrics["python"] == sys.version
+    constants = {name for name in re.findall(r"^([A-Z_]+) = ", SCRIPT.read_text(), re.MULTILINE)} - {"ROOT"}
+    assert set(metrics["constants"]) == constants
+
+    for name in ("MAE", "MSE", "RMSE"):
+        said = re.search(rf"^{name},.*", done.stdout, re.MULTILINE)[0]
+        assert float(said.split()[-2]) == pytest.approx(metrics[name.lower()], abs=6e-4)
+    history = pd.read_csv(outputs / "history.csv")
+    assert history["epoch"].tolist() == [1, 2] and {"loss", "val_loss"} <= set(history.columns)
+    for name in RESULTS:
+        if name.endswith(".pdf"):
+            assert (outputs / name).read_bytes().startswith(b"%PDF")
+        if name.endswith(".png"):
+            with Image.open(outputs / name) as image:
+                assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -162,15 +165,15 @@ def stop(*_, **__):
 def test_features_are_used_again_only_where_nothing_changed(finished, constants, monkeypatch):
     cache = finished / "outputs" / "feature_cache"
     computed = []
-    savez, set_random_seed = np.savez, keras.utils.set_random_seed
+    compute_rows, set_random_seed = ts.compute_rows, keras.utils.set_random_seed
     monkeypatch.setattr(keras.utils, "set_random_seed", lambda _: set_random_seed(0))  # as trained weights: SEED does not change them
 
     def features(**changes):
         """The name of the features that a run with these changes uses, and whether it computes any."""
         constants(**{"SEED": 0, "AUGMENT": 0.25, "TRAIN_FRACTION": 0.8} | changes)
         computed.clear()
-        monkeypatch.setattr(ts, "standardise", stop)
-        monkeypatch.setattr(ts.np, "savez", lambda *things, **named: computed.append(1) or savez(*things, **named))
+        monkeypatch.setattr(ts, "build_spatial", stop)
+        monkeypatch.setattr(ts, "compute_rows", lambda compute, *others: compute_rows(lambda rows: computed.append(1) or compute(rows), *others))
         with pytest.raises(KeyboardInterrupt):
             ts.main()
         (folder,) = cache.iterdir()  # one alone: those of before are gone
@@ -194,25 +197,19 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
     assert new and name not in names, "a frame's content"
 
 
-@pytest.mark.parametrize("damages", [("cut", "flipped"), ("missing", "empty"), ("random", "another shape")])
-def test_damaged_features_are_made_anew(finished, run, capsys, damages):
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "another shape"])
+def test_damaged_features_are_made_anew(finished, run, damage):
     _, expected = results(finished / "outputs")
-    chunks = sorted((finished / "outputs" / "feature_cache").glob("*/*.npz"))
-    for chunk, damage in zip(chunks, damages, strict=True):
-        data = bytearray(chunk.read_bytes())
-        if damage == "missing":
-            chunk.unlink()
-        elif damage == "another shape":
-            np.savez(chunk, features=np.zeros((3, 3), "float32"))
-        else:
-            data[len(data) // 2] ^= 1
-            rewritten = {"cut": data[:1000], "empty": b"", "random": os.urandom(5000), "flipped": data}[damage]
-            chunk.write_bytes(rewritten)
-    capsys.readouterr()
+    (stored,) = (finished / "outputs" / "feature_cache").glob("*/features.npy")
+    data = stored.read_bytes()
+    if damage == "missing":
+        stored.unlink()
+    elif damage == "another shape":
+        np.save(stored, np.zeros((3, 3), "float32"))
+    else:
+        stored.write_bytes({"cut": data[:1000], "empty": b"", "random": os.urandom(5000)}[damage])
     _, table = run()
     assert (table["predicted"] == expected["predicted"]).all()
-    said = [line for line in capsys.readouterr().out.splitlines() if "is damaged" in line]
-    assert len(said) == len([damage for damage in damages if damage != "missing"])
 
 
 def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsys):
@@ -234,10 +231,18 @@ def test_a_run_takes_paths_and_leaves_files_of_others_alone(first_run, finished,
     assert [(finished / "outputs" / name).read_text() for name in ("new_frames/note.txt", "mine.csv")] == ["mine"] * 2
 
 
-def test_a_second_run_into_the_same_folder_is_refused(constants, video):
-    pytest.importorskip("fcntl")
-    with ts.lock(video / "outputs"), pytest.raises(SystemExit, match="another run"):
-        ts.run_as_script()
+def test_two_runs_into_one_folder_leave_the_files_of_one(tmp_path):
+    """Each writes under names of its own, and the last to end wins."""
+    inner = {"a": lambda path: path.write_text("second"), "b": lambda path: path.write_text("second")}
+
+    def write_while_another_run_does(path):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ts.os, "getpid", lambda: 2)
+            ts.write_files(tmp_path, inner)
+        path.write_text("first")
+
+    ts.write_files(tmp_path, {"a": write_while_another_run_does, "b": lambda path: path.write_text("first")})
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "first", "b": "first"}
 
 
 def test_a_model_worse_than_the_mean_is_said_to_be(finished, run, capsys):
@@ -256,7 +261,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants
 
     def fails_late(frames, row):
         loaded.append(row)
-        if len(loaded) > 2 + 20:  # calibration and a part of 16 frames, whole
+        if len(loaded) > 2 + 16:  # calibration, then 8 batches
             raise KeyboardInterrupt
         return load(frames, row)
 
@@ -268,7 +273,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants
     monkeypatch.setattr(ts.Frames, "load", lambda frames, row: loaded.append(row) or load(frames, row))
     _, resumed = run(OUTPUTS="interrupted")
     assert resumed.equals(expected)
-    assert sorted(loaded[2:]) == list(range(16, 24)), "the first part is not computed again"
+    assert sorted(loaded[2:]) == list(range(16, 24)), "the first batches are not computed again"
 
 
 def test_results_of_a_finished_run_stay_until_the_next_is_whole(finished, constants, monkeypatch):
@@ -294,6 +299,15 @@ def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypa
     assert metrics["mae"] > 0 and capsys.readouterr().err.count("no figures (no display)") == 1
 
 
+def test_a_folder_in_the_place_of_a_figure_costs_only_the_figures(finished, run, capsys):
+    (finished / "outputs" / "loss.png").unlink()
+    (finished / "outputs" / "loss.png").mkdir()
+    (finished / "outputs" / "metrics.json").unlink()
+    metrics, _ = run()
+    warning = capsys.readouterr().err
+    assert metrics["mae"] > 0 and "loss.png" in warning and "rename" in warning and warning.count("\n") == 1
+
+
 def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
     """A power cut must not leave a name without its content."""
     events = []
@@ -303,48 +317,6 @@ def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
     ts.write_files(tmp_path, {name: lambda path: path.write_text("content") for name in ("a", "b")})
     assert events == ["fsync", "fsync", "replace", "replace"]
     check_whole(tmp_path)
-
-
-def test_a_user_runs_the_script(beside):
-    """From another folder."""
-    folder, done = beside()
-    assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
-    outputs = folder / "outputs"
-    assert {path.name for path in outputs.iterdir() if not path.name.startswith(".")} == RESULTS | {"feature_cache"}
-
-    metrics, table = results(outputs)
-    labels = pd.read_csv(folder / "labels.csv")
-    assert list(table.columns) == ["id", "split", "true", "predicted"]
-    assert table["id"].tolist() == labels["id"].tolist() and table["true"].tolist() == labels["count"].tolist()
-    assert table["split"].tolist() == ["train"] * 16 + ["validation"] * 4
-
-    held_out = table[table["split"] == "validation"]
-    error = held_out["predicted"] - held_out["true"]
-    expected = {
-        "mae": error.abs().mean(),
-        "mse": (error**2).mean(),
-        "rmse": (error**2).mean() ** 0.5,
-        "accuracy": (error.abs() <= 0.2 * held_out["true"]).mean(),
-        "train_frames": 16,
-        "validation_frames": 4,
-    }
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-5), name
-    assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
-    assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["features"] > 0
-    assert metrics["versions"]["keras"] == keras.__version__ and metrics["python"] == sys.version
-    constants = {name for name in re.findall(r"^([A-Z_]+) = ", SCRIPT.read_text(), re.MULTILINE)} - {"ROOT"}
-    assert set(metrics["constants"]) == constants
-
-    for name in ("MAE", "MSE", "RMSE"):
-        said = re.search(rf"^{name},.*", done.stdout, re.MULTILINE)[0]
-        assert float(said.split()[-2]) == pytest.approx(metrics[name.lower()], abs=6e-4)
-    history = pd.read_csv(outputs / "history.csv")
-    assert history["epoch"].tolist() == [1, 2] and {"loss", "val_loss"} <= set(history.columns)
-    for name in RESULTS:
-        if name.endswith(".png"):
-            with Image.open(outputs / name) as image:
-                assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
 
 
 def test_one_line_and_exit_status_1(beside):

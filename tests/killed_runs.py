@@ -1,0 +1,46 @@
+"""Runs the script again and again on the tiny video of a folder, each run killed at a random moment or its disk full, until one
+ends by itself: python killed_runs.py FOLDER SECONDS, those that a run takes. A helper of test_script.py."""
+
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+from conftest import TINY, check_whole, shallow_resnet50, ts
+
+for name, value in TINY.items():
+    setattr(ts, name, value)
+ts.ROOT = Path(sys.argv[1])
+ts.keras.applications.ResNet50 = shallow_resnet50
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the script does
+moments = random.Random(3)
+signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"]
+kills, status = 0, 1
+while kills < 7 or status:
+    kind = signals[kills % 4] if kills < 7 else None
+    room = int(10 ** moments.uniform(2, 6))
+    child = os.fork()  # imports are done: every moment of the child's life is the script's work
+    if not child:
+        if kind == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        try:
+            ts.run_as_script()
+        except SystemExit as stop:
+            print(stop.code, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    end = time.monotonic() + (moments.uniform(0.3, 1) * float(sys.argv[2]) if kind and kind != "full disk" else 1e6)
+    done = 0
+    while not done and time.monotonic() < end:
+        time.sleep(0.01)
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:
+        os.kill(child, kind)
+        _, status = os.waitpid(child, 0)
+    kills += not done or kind == "full disk"
+    check_whole(ts.at(ts.OUTPUTS))
+print("finished")
