@@ -585,7 +585,7 @@ def compute_rows(compute, shape, step, path=None):
     in the file path, if one is given, from where an interrupted run goes on, with the same digits."""
     array = np.full(shape, np.nan, "float32")  # NaN: not computed yet
     if path:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or a damaged one
+        with contextlib.suppress(OSError, EOFError, ValueError):  # no such file, or a damaged one
             array[:] = np.load(path)
         write_files(path.parent, {path.name: lambda new: np.save(new, array)})
         array = np.lib.format.open_memmap(path, "r+")
@@ -624,14 +624,11 @@ def extract_features(frames, n_train, cache):
     print(f"ResNet50, weights: {weights}, {precision}; feature vectors of {backbone.output_shape[1]:,}",
           f"numbers from {', '.join(grids)}.")  # fmt: skip
     print(f"It reads {n} frames, {len(frames) - n} copies:")
-
-    def run_backbone(rows):
-        return backbone.predict_on_batch(frames[rows])
-
     shape = (len(frames), backbone.output_shape[1])
     set_precision(backbone, precision)
     try:
-        features = compute_rows(run_backbone, shape, FRAME_BATCH, folder / "features.npy")
+        read = lambda rows: backbone.predict_on_batch(frames[rows])  # noqa: E731
+        features = compute_rows(read, shape, FRAME_BATCH, folder / "features.npy")
     finally:
         set_precision(backbone, "float32")
     return backbone, features, weights

@@ -1,5 +1,7 @@
 """Windows, split, Sequence, label formats and metrics."""
 
+import shutil
+
 import numpy as np
 import pytest
 import scipy.io
@@ -156,6 +158,36 @@ def test_frames_are_found_in_the_parent_folder_too(video, constants):
         path.rename(video / "frames" / path.name)
     (video / "frames" / "frames").rmdir()
     assert [path.name for path in ts.find_frames([1, 2])] == expected == ["seq_000001.jpg", "seq_000002.jpg"]
+
+
+@pytest.mark.parametrize("name", ["frame_{}.JPG", "img{:04}.png", "seq_{}.jpeg", "2019_cam3_{:06}.bmp"])
+def test_frames_are_matched_by_the_last_number_in_their_names(video, constants, name):
+    folder = video / "frames" / "frames"
+    for path in folder.iterdir():
+        Image.open(path).save(folder / name.format(int(path.stem[4:])))
+        path.unlink()
+    assert [path.name for path in ts.find_frames([1, 2, 20])] == [name.format(frame) for frame in (1, 2, 20)]
+
+
+def test_the_folder_that_holds_all_labelled_frames_is_taken(video, constants):
+    """As when Mall is unpacked beside the sample."""
+    for frame in range(1, 31):
+        shutil.copy(video / "frames" / "frames" / "seq_000001.jpg", video / "frames" / f"seq_{frame:06d}.jpg")
+    assert {path.parent.name for path in ts.find_frames(range(1, 31))} == {"frames"}
+    assert {path.parent for path in ts.find_frames(range(1, 31))} == {video / "frames"}
+
+
+@pytest.mark.parametrize(
+    ("size", "frame_size", "said"),
+    [((64, 48), (48, 64), ""), ((64, 48), (64, 48), "(48, 64)"), ((128, 72), (48, 64), "(48, 85)"), ((64, 50), (48, 64), "")],
+    ids=["same shape", "swapped", "16:9", "nearly"],
+)
+def test_a_frame_size_that_distorts_is_answered_with_a_better_one(tmp_path, constants, monkeypatch, capsys, size, frame_size, said):
+    Image.new("RGB", size).save(tmp_path / "wide.png")
+    constants(FRAME_SIZE=frame_size)
+    ts.check_frames([tmp_path / "wide.png"])
+    printed = capsys.readouterr().out
+    assert said in printed and bool(said) == bool(printed)
 
 
 def test_copies_show_the_same_scene_in_other_light_from_a_nudged_camera(video, constants):

@@ -218,9 +218,16 @@ def test_rotated_images_are_turned_upright(video, constants):
     assert np.abs(shown[..., 0].astype(int) - np.asarray(upright)).max() < 8
 
 
+def test_damaged_exif_data_do_not_hurt_the_picture(video, constants):
+    picture(3, Image.new("RGB", (64, 48), (90, 90, 90)), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01")(video)
+    paths = ts.find_frames(range(1, 21))
+    ts.check_frames(paths)
+    assert ts.Frames(paths, (48, 64))[[2]].mean() == pytest.approx(90, abs=2)
+
+
 def test_frames_without_labels_are_said_to_be_ignored(video, constants, capsys):
     ts.find_frames(range(1, 18))
-    assert "3 frames" in capsys.readouterr().out
+    assert "3 frames have no label" in capsys.readouterr().out
 
 
 def test_fuzzed_labels_and_images_end_in_success_or_one_line(tmp_path, constants, monkeypatch):

@@ -1,5 +1,7 @@
 """The three stages and the saved model; weights; precision."""
 
+import hashlib
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -274,6 +276,29 @@ def test_imagenet_weights_are_what_keras_downloads(constants, weight_file, monke
     resnet, weights, is_random = ts.load_resnet50()
     assert asked[0].startswith("resnet50") and "notop" in asked[0]
     assert (weights, is_random) == ("imagenet", False) and "Warning" not in capsys.readouterr().err
+    np.testing.assert_array_equal(resnet.get_layer("conv4_block6_3_conv").get_weights()[0], kernel)
+
+
+def test_imagenet_weights_in_a_keras_home_that_cannot_be_written_are_used(constants, weight_file, monkeypatch, tmp_path, capsys):
+    """And only with the right checksum; without a network."""
+    path, kernel = weight_file
+    stored = tmp_path / "keras" / "models" / ts.IMAGENET_FILE.replace(".h5", ".weights.h5")
+    monkeypatch.setattr(ts, "IMAGENET_FILE", stored.name)
+    stored.parent.mkdir(parents=True)
+    shutil.copy(path, stored)
+    stored.parent.chmod(0o555)
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+
+    def fail(*_, **__):
+        raise Exception("no network")
+
+    monkeypatch.setattr("keras.src.applications.resnet.file_utils.get_file", fail)
+    constants(WEIGHTS="imagenet")
+    _, weights, is_random = ts.load_resnet50()
+    assert is_random and "no network" in capsys.readouterr().err, "another checksum"
+    monkeypatch.setattr(ts, "IMAGENET_MD5", hashlib.md5(path.read_bytes()).hexdigest())
+    resnet, weights, is_random = ts.load_resnet50()
+    assert (weights, is_random) == ("imagenet", False) and not capsys.readouterr().err
     np.testing.assert_array_equal(resnet.get_layer("conv4_block6_3_conv").get_weights()[0], kernel)
 
 

@@ -45,23 +45,25 @@ def start(arguments, cwd, **environment):
 def processes(request, first_run, tmp_path_factory):
     """{test: (its folder, its process, to be waited for)}: one after another beside the tests of this module, for
     those of the tests at its end that were asked for."""
-    user, bad, killed = (make_video(tmp_path_factory.mktemp(name)) for name in ("user", "bad", "killed"))
+    user, bad, killed, backend = (make_video(tmp_path_factory.mktemp(name)) for name in ("user", "bad", "killed", "backend"))
     (bad / "labels.csv").unlink()
     alone = tmp_path_factory.mktemp("alone")
     shutil.copy(SCRIPT, alone)
-    code = "import signal, tscrowdnet_train as ts; print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler)"
+    code = "import os, signal; before = os.fstat(2); import tscrowdnet_train as ts; "
+    code += "print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler, os.fstat(2) == before)"
     killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
     runs = {
         "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)]),
         "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, killed_runs),
         "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),
         "test_importing_does_nothing": (alone, ["-B", "-c", code]),
+        "test_an_unknown_back_end_is_replaced": (backend, [edited_copy(backend, **TINY)], {"MPLBACKEND": "module://of.a.notebook"}),
     }
     chosen = {item.name for item in request.session.items}
     with ThreadPoolExecutor(2) as pool:
         yield {
-            test: (folder, pool.submit(start, arguments, alone))
-            for test, (folder, arguments) in runs.items()
+            test: (folder, pool.submit(start, arguments, alone, **dict(*environment)))
+            for test, (folder, arguments, *environment) in runs.items()
             if test in chosen
         }
         pool.shutdown(cancel_futures=True)
@@ -102,7 +104,7 @@ def test_a_user_runs_the_script(beside):
     assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
     assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["features"] > 0
     assert metrics["versions"]["keras"] == keras.__version__ and metrics["python"] == sys.version
-    constants = {name for name in re.findall(r"^([A-Z_]+) = ", SCRIPT.read_text(), re.MULTILINE)} - {"ROOT"}
+    constants = {name for name in re.findall(r"^([A-Z0-9_]+) = ", SCRIPT.read_text(), re.MULTILINE)} - {"ROOT"}
     assert set(metrics["constants"]) == constants
 
     for name in ("MAE", "MSE", "RMSE"):
@@ -326,9 +328,32 @@ def test_one_line_and_exit_status_1(beside):
     assert not (folder / "outputs").exists()
 
 
+def test_an_unknown_back_end_is_replaced(beside):
+    """MPLBACKEND as a notebook leaves it to the programs that it starts."""
+    folder, done = beside()
+    assert done.returncode == 0 and done.stderr == "" and FIGURES <= {path.name for path in (folder / "outputs").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "said"),
+    [
+        ("import os; os.abort()", -signal.SIGABRT, "Fatal Python error: Aborted"),
+        ("import os; os.write(2, b'start-up line'); raise ModuleNotFoundError('No module named tensorflow')", 1,
+         "Error: No module named tensorflow: pip install -r requirements.txt, with Python 3.10 to 3.13\n"),
+        ("raise RuntimeError('glibc too old')", 1, "RuntimeError: glibc too old"),
+    ],
+    ids=["abort", "not installed", "exception"],
+)  # fmt: skip
+def test_a_library_that_cannot_be_imported_is_never_silent(tmp_path, source, status, said):
+    (tmp_path / "keras.py").write_text(source)
+    done = start([SCRIPT], tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == status and said in done.stderr and "start-up" not in done.stderr
+
+
 def test_importing_does_nothing(beside):
     folder, done = beside()
-    assert done.stdout.split() == ["50", "True"] and done.stderr == ""
+    assert done.stdout.split() == ["50", "True", "True"], "Ctrl-C and stderr are whose they were"
+    assert not re.search("Traceback|tscrowdnet", done.stderr), "TensorFlow may speak, the script does not"
     assert [path.name for path in folder.iterdir()] == [SCRIPT.name]
 
 
