@@ -249,7 +249,7 @@ def list_pictures(folder):
 def find_frames(ids):
     """The labelled frames, N paths, by the last number in their names: in FRAMES or, as in Mall's own
     archive, its parent. Raises InputError."""
-    ids = list(map(int, ids))
+    ids = dict.fromkeys(map(int, ids)).keys()  # a set in order
     found = {folder: {} for folder in (at(FRAMES), at(FRAMES).parent)}
     for folder, frames in found.items():
         for path in list_pictures(folder) if folder.is_dir() else []:
@@ -257,10 +257,10 @@ def find_frames(ids):
             if frames.setdefault(number, path) != path and number in ids:
                 problem = f"{frames[number].name} and {path.name} have the same number"
                 raise InputError(f"{folder}: {problem}; move one of them away")
-    if all(frames.keys() >= set(ids) for frames in found.values()):
+    if all(frames.keys() >= ids for frames in found.values()):
         folders = " and ".join(map(str, found))
         raise InputError(f"{folders} both hold a frame for every label; move one video away")
-    frames = max(found.values(), key=lambda frames: len(frames.keys() & set(ids)))
+    frames = max(found.values(), key=lambda frames: len(frames.keys() & ids))
     numbers = sorted(frames.keys() - {-1})
     missing = [frame for frame in ids if frame not in frames]
     shift = numbers[0] - min(ids) if numbers else 0
@@ -283,8 +283,13 @@ def read_image(source, draft=False):
             raise ValueError(f"{source.dtype} {source.shape}, not uint8 (H, W, 3)")
         return Image.fromarray(source)
     data = source.read_bytes()
+    end = b"\xff\xd9"
     if data.startswith(b"\xff\xd8"):  # a JPEG; zeros at its end are space reserved, never written
         data = data.rstrip(b"\0")
+        if not data.endswith(end):  # if that alone is missing, no pixel depends on what comes next
+            tries = [data + filler * 64 + end for filler in (b"\x55", b"\xaa")]
+            decoded = {Image.open(io.BytesIO(file)).tobytes() for file in tries}
+            data = tries[0] if len(decoded) == 1 else data
     with Image.open(io.BytesIO(data)) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"{image.mode} pixels; convert it to 8 bits")

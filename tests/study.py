@@ -1,6 +1,7 @@
 """What each part of the model is worth, on a video of one's own.
 
-    python tests/study.py FOLDER [--resnet50 FILE.py] [--other NAME=FRAMES ...] [--seeds 1] [--rows ROW ...]
+    python tests/study.py FOLDER [--resnet50 FILE.py] [--other NAME=FRAMES ...] [--seeds 1]
+                           [--folds 10] [--rows ROW ...]
 
 FOLDER holds labels.csv and frames/frames. Two schemes, because neighbouring frames show the same people and folds dealt out
 among each other reward memory; believe what both say:
@@ -25,13 +26,13 @@ from pathlib import Path
 os.environ["MPLBACKEND"] = "agg"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import tscrowdnet_train as ts  # first: it silences TensorFlow's start-up
-
 import keras
 import numpy as np
 
+import tscrowdnet_train as ts
 
-MARGIN, FOLDS = 5, 10
+
+MARGIN = 5
 PREPROCESS = keras.applications.resnet50.preprocess_input
 ROWS = {  # name: constants and functions of the script that differ
     "default": {},
@@ -69,40 +70,43 @@ def predict(features, counts, ids, train, tests):
     """Counts of each of tests, features (M, F) of stretches of frames, by a network of the training rows (M,).
     features: of the N frames, then of a copy of each."""
     n = len(counts)
-    copied = ts.choose_copied(len(train))
-    rows = np.concatenate([np.arange(n), n + train[copied]])
+    copied = train[np.arange(0, len(train), 1 / ts.AUGMENT).astype(int)] if ts.AUGMENT else train[:0]
     copy_of = np.arange(n)
-    copy_of[train[copied]] = n + np.arange(len(copied))
-    known = features[rows]
-    layers = ts.standardise(known, np.concatenate([train, n + np.arange(len(copied))]))
+    copy_of[copied] = n + copied
+    known = features.copy()
+    raw = keras.Input(known.shape[1:])
+    spatial = ts.build_spatial(keras.Model(raw, raw), known, np.union1d(train, copy_of[train]))
     keras.utils.set_random_seed(ts.SEED)
     shape = (ts.SEQUENCE_LENGTH, known.shape[1])
     head = ts.build_network(shape, None, ts.build_temporal(shape[1]), ts.build_regression(counts[train]))
     windows = ts.make_windows(ids, ts.SEQUENCE_LENGTH)
     training = ts.WindowSequence(known, windows[train], counts[train], copy_of)
-    ts.train(head, training, ts.WindowSequence(known, windows[:1], counts[:1]), counts[train])
+    ts.train(head, training, ts.WindowSequence(known, windows[:1], counts[:1]))
     counted = []
     for test in tests:
-        for layer in layers:
-            test = np.asarray(layer(test))
+        test = spatial.predict(test, verbose=0)
         windows = ts.make_windows(np.arange(len(test)), ts.SEQUENCE_LENGTH)
         sequence = ts.WindowSequence(test, windows, np.zeros(len(test)))
-        counted.append(np.maximum(head.predict(sequence, verbose=0)[:, 0], 0))
+        counted.append(head.predict(sequence, verbose=0)[:, 0])
     return counted
 
 
-def measure_row(row, labels, others, folder):
+def measure_row(row, labels, others, folds, folder):
     """{column: (MAE, MSE)} of a row, with the script's constants as they are."""
     paths, counts, ids = ts.find_frames(labels.index), labels.to_numpy(), labels.index.to_numpy()
     n, half = len(counts), len(counts) // 2
     key = repr((ts.SEED, ts.FRAME_SIZE, ts.FEATURE_LAYERS, ts.FEATURE_LAYERS_RANDOM, "normalise" in row))
     if key not in measure_row.features:
-        copies = ts.Frames(paths, ts.FRAME_SIZE, np.arange(n))  # one of every frame: rows take their share
-        backbone, features, _ = ts.extract_features(copies, half, folder / "cache")
+        share, ts.AUGMENT = ts.AUGMENT, 1  # a copy of every frame: rows take their share
+        frames = ts.Frames(paths, ts.FRAME_SIZE, n)
+        ts.AUGMENT = share
+        backbone, features, _ = ts.extract_features(frames, half, folder / "cache")
         seen = {}
         for name, other in others.items():
             frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
-            seen[name] = ts.predict_frames(backbone, frames)
+            seen[name] = ts.compute_rows(
+                lambda rows: backbone.predict_on_batch(frames[rows]), (len(frames), features.shape[1]), ts.FRAME_BATCH
+            )
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 
@@ -110,10 +114,11 @@ def measure_row(row, labels, others, folder):
     predicted = predict(features, counts, ids, np.arange(half), conditions.values())
     scores = {name: ts.measure(counts[half:], counted) for name, counted in zip(conditions, predicted)}
     counted = np.empty(n)
-    for fold in np.array_split(np.arange(n), FOLDS):
+    for fold in np.array_split(np.arange(n), folds) if folds else []:
         train = np.flatnonzero((np.arange(n) < fold[0] - MARGIN) | (np.arange(n) > fold[-1] + MARGIN))
         (counted[fold],) = predict(features, counts, ids, train, [features[fold]])
-    scores["folds"] = ts.measure(counts, counted)
+    if folds:
+        scores["folds"] = ts.measure(counts, counted)
     return {name: (score["mae"], score["mse"]) for name, score in scores.items()}
 
 
@@ -126,6 +131,7 @@ def main():
     parser.add_argument("--resnet50", type=Path)
     parser.add_argument("--other", nargs="*", default=[])
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--folds", type=int, default=10, help="0: none")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     options = parser.parse_args()
     ts.ROOT, ts.WEIGHTS = options.folder.resolve(), None
@@ -137,7 +143,7 @@ def main():
     others = {name: Path(path) for name, path in (other.split("=", 1) for other in options.other)}
     labels = ts.read_labels(ts.at(ts.LABELS))
     defaults = {name: getattr(ts, name) for name in [name for name in vars(ts) if name.isupper()] + ["normalise"]}
-    columns = ["later", *others, "folds"]
+    columns = ["later", *others] + ["folds"] * bool(options.folds)
     print("| change | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in options.rows:
@@ -148,7 +154,7 @@ def main():
                 for constant, value in (settings(ROWS[name]) | {"SEED": seed}).items():
                     setattr(ts, constant, value)
                 with contextlib.redirect_stdout(io.StringIO()):
-                    scores.append(measure_row(ROWS[name], labels, others, Path(folder)))
+                    scores.append(measure_row(ROWS[name], labels, others, options.folds, Path(folder)))
             cells = []
             for column in columns:
                 maes, mses = zip(*(score[column] for score in scores))

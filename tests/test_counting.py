@@ -64,6 +64,21 @@ def test_footage_is_taken_in_the_order_of_its_numbers(tmp_path):
         ts.count_people(tmp_path / "none.keras", tmp_path / "clips")
 
 
+def test_the_readme_counts_a_window_without_this_project_as_count_people_does(finished, monkeypatch):
+    """Frames of another size: how they are resized matters."""
+    folder = finished / "frames" / "frames"
+    for path in sorted(folder.iterdir()):
+        Image.open(path).resize((150, 101)).save(path, quality=95)
+    readme = (Path(ts.__file__).parent / "README.md").read_text()
+    block = readme.split("<!-- use -->")[1].split("```")[1].removeprefix("python\n")
+    names = {}
+    monkeypatch.chdir(finished)
+    exec(block, names)
+    counts = ts.count_people("outputs/ts_crowdnet.keras", "frames/frames")["count"]
+    assert names["count"] == pytest.approx(counts.iloc[4], abs=1e-3)
+    assert abs(names["count"] - counts.iloc[3]) > 1e-3
+
+
 def test_another_model_is_refused_in_a_line(finished, constants, monkeypatch):
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     other.save(finished / "other.keras")

@@ -218,6 +218,17 @@ def test_rotated_images_are_turned_upright(video, constants):
     assert np.abs(shown[..., 0].astype(int) - np.asarray(upright)).max() < 8
 
 
+def test_a_jpeg_that_lacks_its_end_mark_alone_is_whole(video, constants):
+    path = video / "frames" / "frames" / "seq_000003.jpg"
+    data = path.read_bytes()
+    whole = ts.Frames([path], (48, 64))[[0]]
+    for cut, is_whole in ((2, True), (12, False), (400, False)):
+        path.write_bytes(data[:-cut])
+        assert (ts.find_damage([path]) == [None]) is is_whole
+    path.write_bytes(data[:-2])
+    assert (ts.Frames([path], (48, 64))[[0]] == whole).all()
+
+
 def test_damaged_exif_data_do_not_hurt_the_picture(video, constants):
     picture(3, Image.new("RGB", (64, 48), (90, 90, 90)), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01")(video)
     paths = ts.find_frames(range(1, 21))
