@@ -7,7 +7,7 @@ Reads      labels.csv                        id,count: how many people each fram
 Writes     outputs/ts_crowdnet.keras         the model: windows of uint8 frames in, counts out
            outputs/metrics.json, predictions.csv, history.csv; figures as .png and .pdf
 
-N labelled frames, the first M train; C jittered copies of some of these; T = SEQUENCE_LENGTH;
+N labelled frames, the first n_train train; C jittered copies of some of these; T = SEQUENCE_LENGTH;
 H x W = FRAME_SIZE; F numbers in a feature vector, 15,360 with trained weights. Stages for a window:
 
     frames (T, H, W, 3) uint8
@@ -20,6 +20,7 @@ WindowSequence feeds windows of them (BATCH_SIZE, T, F) to stages 2 and 3, which
 """
 
 import contextlib
+import copy
 import csv
 import faulthandler
 import hashlib
@@ -45,7 +46,8 @@ if __name__ == "__main__":
     faulthandler.enable(stderr)  # tells of a crash inside a library, also while that is silent:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow writes lines as it starts
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ["MPLBACKEND"] = {"agg": "agg"}.get(os.environ.get("MPLBACKEND", "").lower(), "")
+    if os.environ.get("MPLBACKEND", "").lower() != "agg":
+        os.environ.pop("MPLBACKEND", None)  # one that is not installed would stop the import
 try:
     import keras
     import matplotlib.pyplot as plt
@@ -146,11 +148,15 @@ def check_constants():
         (f"{LEARNING_RATE = }", LEARNING_RATE, real, 1e-9, 100),
         (f"{SEED = }", SEED, int, 0, 2**32 - 1),
         (f"{TOLERANCE = }", TOLERANCE, real, 0, 1),
+        (f"{UNFAMILIAR = }", UNFAMILIAR, real, 0, 10**6),
     ):
         if not isinstance(value, kind) or not low <= value <= high:
             noun = "whole number" if kind is int else "number"
             raise InputError(f"{setting}: make it a {noun} from {low} to {high}")
     for setting, is_fine, remedy in (
+        (f"{LABELS = }", isinstance(LABELS, (str, Path)), "a path in quotes"),
+        (f"{FRAMES = }", isinstance(FRAMES, (str, Path)), "a path in quotes"),
+        (f"{OUTPUTS = }", isinstance(OUTPUTS, (str, Path)), "a path in quotes"),
         (f"{WEIGHTS = }", isinstance(WEIGHTS or "", (str, Path)), "a path in quotes, or None"),
         (f"{COUNT = }", isinstance(COUNT or "", (str, Path)), "a path in quotes, or None"),
         (f"{FRAME_SIZE = }", is_pair(FRAME_SIZE, 32), "(height, width), 32 or more"),
@@ -161,7 +167,7 @@ def check_constants():
         if not is_fine:
             raise InputError(f"{setting}: make it {remedy}")
     try:
-        keras.optimizers.get(OPTIMIZER)
+        keras.optimizers.get(copy.deepcopy(OPTIMIZER)).learning_rate = LEARNING_RATE
     except Exception as error:  # Keras raises many kinds
         raise InputError(f"{OPTIMIZER = }: {shorten(str(error), 150)}") from None
 
@@ -169,7 +175,7 @@ def check_constants():
 # == Files in OUTPUTS: whole or absent, whenever a run is cut short ===============================
 def write_files(folder, writers):
     """Writes files {name: write(path)} under names of this process's own, then renames them all: no
-    file is ever half written, or of two runs."""
+    file is ever half written, or by two runs."""
     new = {name: folder / f".new-{os.getpid()}-{name}" for name in writers}
     for name, write in writers.items():
         if (folder / name).is_dir():
@@ -182,7 +188,7 @@ def write_files(folder, writers):
 
 
 def open_cache(folder, key, files):
-    """The folder, inside folder, for what depends on key and files; that of all others is deleted."""
+    """The folder in folder for what depends on this key and these files; all else in it is deleted."""
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.blake2b(repr((key, states)).encode(), digest_size=8).hexdigest()
     if not (folder / digest).exists():
@@ -198,8 +204,8 @@ def read_csv(path):
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     text = data.decode(encoding, errors="replace")  # ids and counts are plain digits anyway
     for separator in ",;\t":
-        rows = enumerate(csv.reader(text.splitlines(), delimiter=separator), 1)
-        header, *rows = [(row, fields) for row, fields in rows if any(fields)] or [(0, [])]
+        lines = enumerate(csv.reader(text.splitlines(), delimiter=separator), 1)
+        header, *rows = [(row, fields) for row, fields in lines if any(fields)] or [(0, [])]
         columns = [name.strip().lower() for name in header[1]]
         if columns.count("id") == columns.count("count") == 1:
             for row, fields in rows:
@@ -249,30 +255,31 @@ def list_pictures(folder):
 def find_frames(ids):
     """The labelled frames, N paths, by the last number in their names: in FRAMES or, as in Mall's own
     archive, its parent. Raises InputError."""
-    ids = dict.fromkeys(map(int, ids)).keys()  # a set in order
-    found = {folder: {} for folder in (at(FRAMES), at(FRAMES).parent)}
-    for folder, frames in found.items():
+    ids = [int(frame) for frame in ids]
+    found = {folder: {} for folder in (at(FRAMES), at(FRAMES).parent)}  # {folder: {number: paths}}
+    for folder, numbered in found.items():
         for path in list_pictures(folder) if folder.is_dir() else []:
-            number = int((re.findall(r"\d+", path.stem) or [-1])[-1])
-            if frames.setdefault(number, path) != path and number in ids:
-                problem = f"{frames[number].name} and {path.name} have the same number"
-                raise InputError(f"{folder}: {problem}; move one of them away")
-    if all(frames.keys() >= ids for frames in found.values()):
+            for number in re.findall(r"\d+", path.stem)[-1:]:
+                numbered.setdefault(int(number), []).append(path)
+    if all(numbered.keys() >= set(ids) for numbered in found.values()):
         folders = " and ".join(map(str, found))
         raise InputError(f"{folders} both hold a frame for every label; move one video away")
-    frames = max(found.values(), key=lambda frames: len(frames.keys() & ids))
-    numbers = sorted(frames.keys() - {-1})
+    folder, frames = max(found.items(), key=lambda item: len(item[1].keys() & set(ids)))
     missing = [frame for frame in ids if frame not in frames]
-    shift = numbers[0] - min(ids) if numbers else 0
+    shift = min(frames, default=0) - min(ids)
     if missing and all(frame + shift in frames for frame in ids):
-        problem = f"ids from {min(ids)}, but frames from {numbers[0]}"
+        problem = f"ids from {min(ids)}, but frames from {min(frames)}"
         raise InputError(f"{at(LABELS)}: {problem}; add {shift} to each id")
     if missing:
         problem = f"{len(missing)} of {len(ids)} labelled frames missing: {shorten(str(missing), 60)}"
-        raise InputError(f"{at(FRAMES)}: {problem}; add them, or correct FRAMES or LABELS")
-    if len(numbers) > len(ids):
-        print(f"{len(numbers) - len(ids)} frames have no label and are ignored.")
-    return [frames[frame] for frame in ids]
+        raise InputError(f"{folder}: {problem}; add them, or correct FRAMES or LABELS")
+    for frame in ids:
+        if len(frames[frame]) > 1:
+            names = " and ".join(path.name for path in frames[frame][:2])
+            raise InputError(f"{folder}: {names} have the same number; move one of them away")
+    if len(frames) > len(ids):
+        print(f"{len(frames) - len(ids)} frames have no label and are ignored.")
+    return [frames[frame][0] for frame in ids]
 
 
 def read_image(source, draft=False):
@@ -283,13 +290,8 @@ def read_image(source, draft=False):
             raise ValueError(f"{source.dtype} {source.shape}, not uint8 (H, W, 3)")
         return Image.fromarray(source)
     data = source.read_bytes()
-    end = b"\xff\xd9"
     if data.startswith(b"\xff\xd8"):  # a JPEG; zeros at its end are space reserved, never written
         data = data.rstrip(b"\0")
-        if not data.endswith(end):  # if that alone is missing, no pixel depends on what comes next
-            tries = [data + filler * 64 + end for filler in (b"\x55", b"\xaa")]
-            decoded = {Image.open(io.BytesIO(file)).tobytes() for file in tries}
-            data = tries[0] if len(decoded) == 1 else data
     with Image.open(io.BytesIO(data)) as image:
         if image.mode[0] in "IF":
             raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
@@ -327,19 +329,20 @@ def check_frames(paths):
         print(f"FRAME_SIZE = {FRAME_SIZE} distorts frames of {width}x{height}; {better} would not.")
 
 
-SAMPLE_LABELS = 934608991  # zlib.crc32 of the labels that ship with the sample
+SAMPLE_LABELS = 722921060  # zlib.crc32 of the labels that ship with the sample
 
 
 def check_sample(labels, paths):
     """Says that the shipped sample is one. Raises InputError where its labels go with other frames."""
     if b"synthetic mall sample" in paths[0].read_bytes():
         print("They are the rendered sample, not real people; the README says how to use Mall instead.")
-    elif zlib.crc32(labels.to_csv().encode()) == SAMPLE_LABELS:
+    elif zlib.crc32(labels.to_json().encode()) == SAMPLE_LABELS:
         raise InputError(f"{at(LABELS)}: labels of the shipped sample, not of these frames; set LABELS")
 
 
 def jitter(image, rng):
-    """A copy in other light (up to 15%, tint 5%), from a nudged camera (2% of the width, zoom 3%)."""
+    """A copy in other light (up to 15%, tint 5%), from a nudged camera (2% of the width, zoom 3%),
+    black where that sees beyond the picture."""
     zoom = rng.uniform(0.97, 1.03)
     left, top = rng.uniform(-0.02, 0.02, 2) * image.width + np.array(image.size) * (1 - zoom) / 2
     matrix = (zoom, 0, left, 0, zoom, top)
@@ -389,7 +392,7 @@ class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames to Keras.
     images: Frames, or feature vectors (rows, F). windows: rows (K, T), as from make_windows. counts:
     people in the last frame of each window (K,). copy_of: for training, that of Frames: every epoch
-    then shuffles the windows and draws which half, about, show copies in the place of frames."""
+    then shuffles the windows and draws about half of them, to show copies of frames that have some."""
 
     def __init__(self, images, windows, counts, copy_of=None):
         super().__init__()
@@ -432,22 +435,22 @@ def load_resnet50():
 
     if not WEIGHTS:
         return build(None), "random", True
-    file = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "models" / IMAGENET_FILE
-    if WEIGHTS != "imagenet":
-        file = at(WEIGHTS)
-        if not file.is_file():
-            raise InputError(f"{file}: no such file; correct WEIGHTS")
-    elif not os.path.isfile(file) or hashlib.md5(file.read_bytes()).hexdigest() != IMAGENET_MD5:
-        file = "imagenet"  # Keras downloads it; but it does not read a home that it cannot write
-    name = "imagenet" if WEIGHTS == "imagenet" else file.name
+    name = "imagenet" if WEIGHTS == "imagenet" else at(WEIGHTS).name
+    path = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "models" / IMAGENET_FILE
+    if name != "imagenet":
+        path = at(WEIGHTS)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; correct WEIGHTS")
+    elif not os.path.isfile(path) or hashlib.md5(path.read_bytes()).hexdigest() != IMAGENET_MD5:
+        path = "imagenet"  # to be downloaded; Keras itself does not read a home that it cannot write
     try:
         with warnings.catch_warnings():  # Keras only warns of layers that a file has no weights for
             warnings.filterwarnings("error", category=UserWarning, module="keras")
-            return build(str(file)), name, False
+            return build(str(path)), name, False
     except Exception as error:  # h5py and Keras raise many kinds, a bare Exception without a network
         problem = shorten(str(error), 150)
-    if WEIGHTS != "imagenet":
-        raise InputError(f"{file}: no weights of Keras's ResNet50 without top ({problem})")
+    if name != "imagenet":
+        raise InputError(f"{path}: no weights of Keras's ResNet50 without top ({problem})")
     print(f"Warning: no ImageNet weights ({problem}); random ones count worse.",
           f"Remedy: WEIGHTS = 'path/{IMAGENET_FILE}'", file=sys.stderr)  # fmt: skip
     return build(None), "random (the ImageNet weights could not be downloaded)", True
@@ -511,7 +514,7 @@ def build_backbone(resnet, grids):
 
 def build_spatial(backbone, features, trained_on):
     """Stage 1, for one frame: (H, W, 3) uint8 -> its feature vector (F,), standardised by the training
-    images, which have length 1 on average. Does the same to features (rows, F), in place; trained_on:
+    images, whose mean squared length is 1. Does the same to features (rows, F), in place; trained_on:
     rows of the training images. The layer "longest" keeps their greatest length for count_people."""
     scaler = StandardScaler().fit(features[trained_on])
     scale = scaler.scale_ * math.sqrt(features.shape[1])
@@ -520,7 +523,7 @@ def build_spatial(backbone, features, trained_on):
     longest = float(np.linalg.norm(features[trained_on], axis=1).max())
     longest = max(longest, 1e-3)  # 0 where all training images are alike
     x = layers.Normalization(mean=scaler.mean_, variance=np.square(scale * longest))(backbone.output)
-    x = layers.Rescaling(longest, name="longest")(x)
+    x = layers.Rescaling(longest, name="longest")(x)  # divided by above: keeps it in the saved model
     spatial = keras.Model(backbone.input, x, name="resnet50_features")
     spatial.trainable = False
     return spatial
@@ -533,7 +536,7 @@ def build_temporal(n_features):
     x = features
     if PROJECTION:
         x = layers.Dense(PROJECTION, name="projection")(x)  # (T, PROJECTION)
-    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=True, name="lstm")
+    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=True, name="lstm")  # unrolled: faster
     memory = lstm(x)
     kernel, recurrent_kernel, bias = lstm.get_weights()
     bias[LSTM_UNITS : 2 * LSTM_UNITS] = FORGET_BIAS  # Keras's order: input, forget, cell, output
@@ -543,7 +546,7 @@ def build_temporal(n_features):
 
 def build_regression(counts):
     """Stage 3: (LSTM_UNITS,) -> people in the last frame (1,), never negative. counts (M,), those of
-    the training frames, set the scale: it begins at their mean, in their standard deviations."""
+    the training frames, set its start, their mean, and its unit, their standard deviation."""
     memory = keras.Input((LSTM_UNITS,), name="memory")
     x = layers.Dense(DENSE_UNITS, activation="relu", name="dense")(memory)
     x = layers.Dense(1, name="deviation")(x)
@@ -632,18 +635,18 @@ def extract_features(frames, n_train, cache):
     shape = (len(frames), backbone.output_shape[1])
     set_precision(backbone, precision)
     try:
-        read = lambda rows: backbone.predict_on_batch(frames[rows])  # noqa: E731
-        features = compute_rows(read, shape, FRAME_BATCH, folder / "features.npy")
+        compute = lambda rows: backbone.predict_on_batch(frames[rows])  # noqa: E731
+        features = compute_rows(compute, shape, FRAME_BATCH, folder / "features.npy")
     finally:
         set_precision(backbone, "float32")
     return backbone, features, weights
 
 
 def train(model, training, validation):
-    """Trains for EPOCHS epochs (the Sequence shuffles); returns the history, mse and mae in people.
-    Validation is only monitored. The counts' variance scales the gradient, whatever their size."""
+    """Trains for EPOCHS epochs (the Sequence shuffles); returns the history. Validation is only
+    monitored. The loss is the mse divided by the counts' variance: one rate for every crowd."""
     steps = EPOCHS * len(training)
-    optimizer = keras.optimizers.get(OPTIMIZER)
+    optimizer = keras.optimizers.get(copy.deepcopy(OPTIMIZER))  # Keras changes what it is given
     optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     variance = max(float(training.counts.var()), 1.0)
     model.compile(optimizer, loss="mse", loss_weights=1 / variance, metrics=["mse", "mae"])
@@ -700,9 +703,11 @@ def draw_figures(history, validation, baseline, paths, title):
 def draw_counts(table):
     """The figure {name: figure} of counts over new frames, shaded where they are doubtful."""
     figure, axes = plt.subplots(figsize=(11, 4), layout="constrained")
-    axes.plot(table["count"].to_numpy(), linewidth=1)
-    odd = table["unfamiliar"].fillna(True).astype(bool)
-    axes.fill_between(range(len(table)), 0, 1, odd, transform=axes.get_xaxis_transform(), color="0.8")
+    axes.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3)
+    odd = table["unfamiliar"].fillna(True).to_numpy(bool).repeat(2)
+    sides = np.arange(len(table)).repeat(2) + np.tile([-0.5, 0.5], len(table))  # of each frame
+    shade = {"color": "0.85", "linewidth": 0, "transform": axes.get_xaxis_transform()}
+    axes.fill_between(sides, 0, 1, odd, **shade)
     axes.set(xlabel="Frame, from 0 (grey: unlike the training frames)", ylabel="People")
     return {"counts": figure}
 
@@ -716,6 +721,7 @@ def save_figures(folder, draw):
         figures = draw()
         files = {f"{name}.{kind}": figures[name].savefig for name in figures for kind in ("png", "pdf")}
         write_files(folder, files)
+        plt.close("all")
         if screen.lower() != "agg":
             plt.switch_backend(screen)
             figures = draw()
@@ -747,8 +753,8 @@ def save_results(outputs, model, history, table, paths, run):
     print(f"ResNet50 weights: {run['weights']}. Results: {outputs}")
     if metrics["mae"] >= baseline["mae"]:
         print("That is no better than the mean training count: few frames, wrong labels, another scene?")
-    title = f"Validation frames, weights: {run['weights']}\n"
-    title += "MAE {mae:.2f}, MSE {mse:.2f}, accuracy {accuracy:.1%}".format(**metrics)
+    title = f"Validation frames; ResNet50 weights: {run['weights']}\n"
+    title += "MAE {mae:.2f}, MSE {mse:.2f}, within {0:.0%}: {accuracy:.1%}".format(TOLERANCE, **metrics)
     title += "; always the mean count: {mae:.2f}, {mse:.2f}, {accuracy:.1%}".format(**baseline)
     save_figures(outputs, lambda: draw_figures(history, validation, baseline, paths[n_train:], title))
 
@@ -785,9 +791,9 @@ def load_stages(model):
 
 
 def count_people(model, frames, cache=None):
-    """Counts the people in new frames of the camera that a model was trained on. Raises InputError.
+    """Counts the people in new frames of the camera a model was trained on. Raises InputError, OSError.
     model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder or a picture, or paths or
-    uint8 RGB arrays (H, W, 3) in time order, at about the frame rate of training. cache: a file to
+    uint8 RGB arrays (H, W, 3) in time order, at about the frame rate of training. cache: .npy to
     resume from. Returns a DataFrame, a row a frame, indexed by file name: count, and unfamiliar, True
     where a frame looks like no training frame. Both are empty where a frame cannot be read."""
     sources = find_footage(frames)
@@ -828,7 +834,7 @@ def count_folder():
         raise InputError(f"{model}: no such file; train a model first")
     sources = find_footage(at(COUNT))
     cache = open_cache(outputs / "count_cache", (choose_precision(), FRAME_BATCH), [model, *sources])
-    table = count_people(model, sources, cache / "features.npy")
+    table = count_people(model, sources, cache / "counts.npy")
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
     mean = table["count"].mean()
     print(f"{len(table)} frames, {mean:.1f} people on average: {outputs / 'counts.csv'}")
@@ -847,7 +853,7 @@ def main():
     ids, counts = labels.index.to_numpy(), labels.to_numpy()
     n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
     if not 1 < n_train < n:
-        raise InputError(f"{at(LABELS)}: too few frames ({n}) for this TRAIN_FRACTION; change it")
+        raise InputError(f"{at(LABELS)}: {n} frames, too few for {TRAIN_FRACTION = }; change it")
     paths = find_frames(ids)
     print(f"{n} frames: the first {n_train} train, the last {n - n_train} validate.")
     check_frames(paths)

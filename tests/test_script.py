@@ -310,6 +310,12 @@ def test_a_folder_in_the_place_of_a_figure_costs_only_the_figures(finished, run,
     assert metrics["mae"] > 0 and "loss.png" in warning and "rename" in warning and warning.count("\n") == 1
 
 
+def test_settings_reach_the_report_as_they_were_written(finished, run):
+    optimizer = {"class_name": "SGD", "config": {"momentum": 0.5}}
+    metrics, _ = run(OPTIMIZER=optimizer, EPOCHS=1)
+    assert metrics["constants"]["OPTIMIZER"] == {"class_name": "SGD", "config": {"momentum": 0.5}}
+
+
 def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
     """A power cut must not leave a name without its content."""
     events = []
