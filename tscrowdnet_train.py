@@ -126,46 +126,42 @@ def at(path):
 def check_constants():
     """Raises InputError for a constant whose wrong value would fail late or obscurely."""
 
-    def is_pair(value, low=1):
-        return np.shape(value) == (2,) and all(isinstance(part, int) and part >= low for part in value)
+    def is_path(value):
+        return isinstance(value, (str, Path))
 
-    def are_grids(value):
+    def is_whole(value, low=1):
+        return isinstance(value, int) and low <= value < 2**32
+
+    def is_pair(value, low=1):
+        return np.shape(value) == (2,) and all(is_whole(part, low) for part in value)
+
+    def is_grids(value):
         return isinstance(value, dict) and value and all(map(is_pair, value.values()))
 
-    real = (int, float)
-    for setting, value, kind, low, high in (
-        (f"{SEQUENCE_LENGTH = }", SEQUENCE_LENGTH, int, 1, 1000),
-        (f"{TRAIN_FRACTION = }", TRAIN_FRACTION, real, 0.001, 0.999),
-        (f"{AUGMENT = }", AUGMENT, real, 0, 1),
-        (f"{FRAME_BATCH = }", FRAME_BATCH, int, 1, 10**4),
-        (f"{PROJECTION = }", PROJECTION, int, 0, 10**5),
-        (f"{LSTM_UNITS = }", LSTM_UNITS, int, 1, 10**5),
-        (f"{LSTM_DROPOUT = }", LSTM_DROPOUT, real, 0, 0.99),
-        (f"{FORGET_BIAS = }", FORGET_BIAS, real, -100, 100),
-        (f"{DENSE_UNITS = }", DENSE_UNITS, int, 1, 10**5),
-        (f"{BATCH_SIZE = }", BATCH_SIZE, int, 1, 10**6),
-        (f"{EPOCHS = }", EPOCHS, int, 1, 10**6),
-        (f"{LEARNING_RATE = }", LEARNING_RATE, real, 1e-9, 100),
-        (f"{SEED = }", SEED, int, 0, 2**32 - 1),
-        (f"{TOLERANCE = }", TOLERANCE, real, 0, 1),
-        (f"{UNFAMILIAR = }", UNFAMILIAR, real, 0, 10**6),
+    def is_number(value, low=0, high=1):
+        return isinstance(value, (int, float)) and low <= value <= high
+
+    units = {"LSTM_UNITS": LSTM_UNITS, "DENSE_UNITS": DENSE_UNITS, "SEQUENCE_LENGTH": SEQUENCE_LENGTH}
+    steps = {"FRAME_BATCH": FRAME_BATCH, "BATCH_SIZE": BATCH_SIZE, "EPOCHS": EPOCHS}
+    grids = {"FEATURE_LAYERS": FEATURE_LAYERS, "FEATURE_LAYERS_RANDOM": FEATURE_LAYERS_RANDOM}
+    for constants, is_fine, remedy in (
+        (dict(LABELS=LABELS, FRAMES=FRAMES, OUTPUTS=OUTPUTS), is_path, "a path in quotes"),
+        (dict(WEIGHTS=WEIGHTS, COUNT=COUNT), lambda x: not x or is_path(x), "a path in quotes, or None"),
+        (units | steps, is_whole, "a whole number above 0"),
+        (dict(PROJECTION=PROJECTION, SEED=SEED), lambda x: is_whole(x, 0), "a whole number, 0 or more"),
+        (dict(FRAME_SIZE=FRAME_SIZE), lambda x: is_pair(x, 32), "(height, width), 32 or more"),
+        (grids, is_grids, "{layer of ResNet50: (rows, columns), ...}"),
+        (dict(PRECISION=PRECISION), ("auto", "float32", "bfloat16").count, "auto, float32 or bfloat16"),
+        (dict(AUGMENT=AUGMENT, TOLERANCE=TOLERANCE), is_number, "a number from 0 to 1"),
+        (dict(TRAIN_FRACTION=TRAIN_FRACTION), lambda x: is_number(x, 0.001, 0.999), "such as 0.8"),
+        (dict(LSTM_DROPOUT=LSTM_DROPOUT), lambda x: is_number(x, 0, 0.99), "a number from 0 to 0.99"),
+        (dict(LEARNING_RATE=LEARNING_RATE), lambda x: is_number(x, 1e-9, 100), "such as 0.03"),
+        (dict(FORGET_BIAS=FORGET_BIAS), lambda x: is_number(x, -100, 100), "a number such as -2"),
+        (dict(UNFAMILIAR=UNFAMILIAR), lambda x: is_number(x, 0, 1e9), "a number such as 1.05"),
     ):
-        if not isinstance(value, kind) or not low <= value <= high:
-            noun = "whole number" if kind is int else "number"
-            raise InputError(f"{setting}: make it a {noun} from {low} to {high}")
-    for setting, is_fine, remedy in (
-        (f"{LABELS = }", isinstance(LABELS, (str, Path)), "a path in quotes"),
-        (f"{FRAMES = }", isinstance(FRAMES, (str, Path)), "a path in quotes"),
-        (f"{OUTPUTS = }", isinstance(OUTPUTS, (str, Path)), "a path in quotes"),
-        (f"{WEIGHTS = }", isinstance(WEIGHTS or "", (str, Path)), "a path in quotes, or None"),
-        (f"{COUNT = }", isinstance(COUNT or "", (str, Path)), "a path in quotes, or None"),
-        (f"{FRAME_SIZE = }", is_pair(FRAME_SIZE, 32), "(height, width), 32 or more"),
-        (f"{FEATURE_LAYERS = }", are_grids(FEATURE_LAYERS), "{layer: (rows, columns), ...}"),
-        (f"{FEATURE_LAYERS_RANDOM = }", are_grids(FEATURE_LAYERS_RANDOM), "as FEATURE_LAYERS"),
-        (f"{PRECISION = }", PRECISION in ("auto", "float32", "bfloat16"), "auto, float32 or bfloat16"),
-    ):
-        if not is_fine:
-            raise InputError(f"{setting}: make it {remedy}")
+        for name, value in constants.items():
+            if not is_fine(value):
+                raise InputError(f"{name} = {value!r}: make it {remedy}")
     try:
         keras.optimizers.get(copy.deepcopy(OPTIMIZER)).learning_rate = LEARNING_RATE
     except Exception as error:  # Keras raises many kinds
@@ -782,12 +778,11 @@ def load_stages(model):
             model = keras.saving.load_model(name, compile=False)
         return [model.get_layer(stage) for stage in ("spatial", "temporal", "regression")]
     except Exception as error:  # zipfile, h5py and Keras raise many kinds
-        problem = f"not written by this script ({shorten(str(error), 150)}); train a model first"
+        problem = f"not written by this script, or by another Keras ({shorten(str(error), 150)})"
     with contextlib.suppress(Exception):
         saved_by = json.loads(zipfile.ZipFile(name).read("metadata.json"))["keras_version"]
-        if saved_by != keras.__version__:
-            problem = f"saved by Keras {saved_by}, but this is {keras.__version__}; install the other"
-    raise InputError(f"{name}: {problem}")
+        problem += f"; saved by {saved_by}, this is {keras.__version__}"
+    raise InputError(f"{name}: {problem}; install that Keras, or train a model first")
 
 
 def count_people(model, frames, cache=None):

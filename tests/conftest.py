@@ -95,7 +95,12 @@ def video(tmp_path):
 
 
 @pytest.fixture
-def constants(video, monkeypatch):
+def figures():
+    """Asked for by tests that need figures; they take a third of a tiny run, so others go without."""
+
+
+@pytest.fixture
+def constants(video, monkeypatch, request):
     """Points the script at the tiny video; call it with further constants to change."""
 
     def change(**changes):
@@ -104,6 +109,8 @@ def constants(video, monkeypatch):
 
     monkeypatch.setattr(ts, "ROOT", video)
     monkeypatch.setattr(keras.applications, "ResNet50", shallow_resnet50)
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr(ts, "save_figures", lambda *_: None)
     change()
     yield change
     plt.close("all")

@@ -14,7 +14,7 @@ from PIL import Image
 import tscrowdnet_train as ts
 
 
-def test_counting_new_footage_matches_the_predictions(finished, constants, capsys):
+def test_counting_new_footage_matches_the_predictions(finished, constants, capsys, figures):
     table = pd.read_csv(finished / "outputs" / "predictions.csv")
     model = finished / "outputs" / "ts_crowdnet.keras"
     counts = ts.count_people(str(model), finished / "frames" / "frames")
@@ -30,6 +30,7 @@ def test_counting_new_footage_matches_the_predictions(finished, constants, capsy
     written = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")
     np.testing.assert_allclose(written["count"], counts["count"], atol=1e-3)
     assert not written["unfamiliar"].any() and "doubt" not in capsys.readouterr().out
+    assert {"counts.png", "counts.pdf"} <= {path.name for path in (finished / "outputs").iterdir()}
 
 
 def test_frames_unlike_the_training_frames_are_marked(finished, constants, capsys):

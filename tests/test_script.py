@@ -199,19 +199,24 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
     assert new and name not in names, "a frame's content"
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "another shape"])
-def test_damaged_features_are_made_anew(finished, run, damage):
-    _, expected = results(finished / "outputs")
-    (stored,) = (finished / "outputs" / "feature_cache").glob("*/features.npy")
-    data = stored.read_bytes()
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "another shape", "half computed"])
+def test_damaged_features_are_made_anew(tmp_path, damage):
+    path = tmp_path / "features.npy"
+    expected = ts.compute_rows(lambda rows: rows[:, None] * [1, 10], (20, 2), 8, path)
+    data = path.read_bytes()
+    damaged = {"cut": data[:200], "empty": b"", "random": os.urandom(500)}
     if damage == "missing":
-        stored.unlink()
+        path.unlink()
     elif damage == "another shape":
-        np.save(stored, np.zeros((3, 3), "float32"))
+        np.save(path, np.zeros((3, 3), "float32"))
+    elif damage == "half computed":
+        np.save(path, np.where(np.arange(20)[:, None] == 9, [9, np.nan], expected).astype("float32"))
     else:
-        stored.write_bytes({"cut": data[:1000], "empty": b"", "random": os.urandom(5000)}[damage])
-    _, table = run()
-    assert (table["predicted"] == expected["predicted"]).all()
+        path.write_bytes(damaged[damage])
+    computed = []
+    again = ts.compute_rows(lambda rows: computed.extend(rows) or rows[:, None] * [1, 10], (20, 2), 8, path)
+    assert (again == expected).all() and (np.load(path) == expected).all()
+    assert computed == list(range(8, 16) if damage == "half computed" else range(20))
 
 
 def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsys):
@@ -291,7 +296,7 @@ def test_results_of_a_finished_run_stay_until_the_next_is_whole(finished, consta
     assert {name: (finished / "outputs" / name).read_bytes() for name in RESULTS} == before
 
 
-def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypatch, capsys):
+def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypatch, capsys, figures):
     def fail(*_, **__):
         raise RuntimeError("no display")
 
@@ -301,7 +306,7 @@ def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypa
     assert metrics["mae"] > 0 and capsys.readouterr().err.count("no figures (no display)") == 1
 
 
-def test_a_folder_in_the_place_of_a_figure_costs_only_the_figures(finished, run, capsys):
+def test_a_folder_in_the_place_of_a_figure_costs_only_the_figures(finished, run, capsys, figures):
     (finished / "outputs" / "loss.png").unlink()
     (finished / "outputs" / "loss.png").mkdir()
     (finished / "outputs" / "metrics.json").unlink()
