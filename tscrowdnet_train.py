@@ -584,8 +584,16 @@ def set_precision(model, precision):
         model.make_predict_function(force=True)  # the old one was traced in the old precision
 
 
-def compute_rows(compute, shape, step, path=None):
-    """An array of a shape (rows, numbers), filled by compute(rows) for step rows at a time. All is kept
+def read_features(model, frames, rows):
+    """Runs frames[rows] through model, FRAME_BATCH at a time: (n, F). The next are read meanwhile."""
+    batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
+    with ThreadPoolExecutor(1) as reader:
+        images = reader.map(frames.__getitem__, batches)
+        return np.concatenate([model.predict_on_batch(batch) for batch in images])
+
+
+def compute_rows(compute, shape, path=None):
+    """An array of a shape (rows, numbers), filled by compute(rows) for some rows at a time. All is kept
     in the file path, if one is given, from where an interrupted run goes on, with the same digits."""
     array = np.full(shape, np.nan, "float32")  # NaN: not computed yet
     if path:
@@ -595,8 +603,7 @@ def compute_rows(compute, shape, step, path=None):
         array = np.lib.format.open_memmap(path, "r+")
     seconds = 0.1 if sys.stdout.isatty() else 20
     bar = keras.utils.Progbar(len(array), unit_name="frame", interval=seconds, verbose=len(array) > 64)
-    for start in range(0, len(array), step):
-        rows = np.arange(start, min(start + step, len(array)))
+    for rows in np.split(np.arange(len(array)), range(8 * FRAME_BATCH, len(array), 8 * FRAME_BATCH)):
         if np.isnan(array[rows]).any():
             array[rows] = compute(rows)
         bar.add(len(rows))
@@ -631,8 +638,8 @@ def extract_features(frames, n_train, cache):
     shape = (len(frames), backbone.output_shape[1])
     set_precision(backbone, precision)
     try:
-        compute = lambda rows: backbone.predict_on_batch(frames[rows])  # noqa: E731
-        features = compute_rows(compute, shape, FRAME_BATCH, folder / "features.npy")
+        path = folder / "features.npy"
+        features = compute_rows(lambda rows: read_features(backbone, frames, rows), shape, path)
     finally:
         set_precision(backbone, "float32")
     return backbone, features, weights
@@ -809,12 +816,12 @@ def count_people(model, frames, cache=None):
     def count(rows):
         """(people, length of the feature vector) in the windows of these rows, (n, 2)."""
         seen, places = np.unique(windows[rows], return_inverse=True)
-        features = spatial.predict(images[seen], batch_size=FRAME_BATCH, verbose=0)
+        features = read_features(spatial, images, seen)
         memory = temporal.predict_on_batch(features[places.reshape(len(rows), -1)])
         lengths = np.linalg.norm(features[np.searchsorted(seen, rows)], axis=1)
         return np.column_stack([regression.predict_on_batch(memory), lengths])
 
-    counts, lengths = compute_rows(count, (len(good), 2), 64, cache).T
+    counts, lengths = compute_rows(count, (len(good), 2), cache).T
     unfamiliar = lengths / float(spatial.get_layer("longest").scale) > UNFAMILIAR
     table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=good)
     table = table.astype({"unfamiliar": "boolean"}).reindex(range(len(sources)))

@@ -104,9 +104,7 @@ def measure_row(row, labels, others, folds, folder):
         seen = {}
         for name, other in others.items():
             frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
-            seen[name] = ts.compute_rows(
-                lambda rows: backbone.predict_on_batch(frames[rows]), (len(frames), features.shape[1]), ts.FRAME_BATCH
-            )
+            seen[name] = ts.read_features(backbone, frames, np.arange(len(frames)))
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 

@@ -200,9 +200,10 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "another shape", "half computed"])
-def test_damaged_features_are_made_anew(tmp_path, damage):
+def test_damaged_features_are_made_anew(tmp_path, damage, monkeypatch):
+    monkeypatch.setattr(ts, "FRAME_BATCH", 1)
     path = tmp_path / "features.npy"
-    expected = ts.compute_rows(lambda rows: rows[:, None] * [1, 10], (20, 2), 8, path)
+    expected = ts.compute_rows(lambda rows: rows[:, None] * [1, 10], (20, 2), path)
     data = path.read_bytes()
     damaged = {"cut": data[:200], "empty": b"", "random": os.urandom(500)}
     if damage == "missing":
@@ -214,7 +215,7 @@ def test_damaged_features_are_made_anew(tmp_path, damage):
     else:
         path.write_bytes(damaged[damage])
     computed = []
-    again = ts.compute_rows(lambda rows: computed.extend(rows) or rows[:, None] * [1, 10], (20, 2), 8, path)
+    again = ts.compute_rows(lambda rows: computed.extend(rows) or rows[:, None] * [1, 10], (20, 2), path)
     assert (again == expected).all() and (np.load(path) == expected).all()
     assert computed == list(range(8, 16) if damage == "half computed" else range(20))
 
@@ -268,7 +269,7 @@ def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants
 
     def fails_late(frames, row):
         loaded.append(row)
-        if len(loaded) > 2 + 16:  # calibration, then 8 batches
+        if len(loaded) > 2 + 20:  # calibration, 8 batches, and some of the next
             raise KeyboardInterrupt
         return load(frames, row)
 
@@ -304,6 +305,21 @@ def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypa
     (finished / "outputs" / "metrics.json").unlink()
     metrics, _ = run()
     assert metrics["mae"] > 0 and capsys.readouterr().err.count("no figures (no display)") == 1
+
+
+@pytest.mark.parametrize(("backend", "drawn"), [("template", ["agg", "template"]), ("agg", ["agg"])], ids=["screen", "no screen"])
+def test_figures_go_to_files_first_and_then_to_a_screen(tmp_path, backend, drawn):
+    """"template" is matplotlib's own stand-in for a back end with windows."""
+    backends = []
+
+    def draw():
+        backends.append(ts.plt.get_backend())
+        return {"one": ts.plt.figure()}
+
+    ts.plt.switch_backend(backend)
+    ts.save_figures(tmp_path, draw)
+    ts.plt.switch_backend("agg")
+    assert backends == drawn and {path.name for path in tmp_path.iterdir()} == {"one.png", "one.pdf"}
 
 
 def test_a_folder_in_the_place_of_a_figure_costs_only_the_figures(finished, run, capsys, figures):
