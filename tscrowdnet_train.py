@@ -350,7 +350,7 @@ def jitter(image, rng):
 
 
 class Frames:
-    """Pictures read like an array: frames[rows] is (len(rows), height, width, 3) uint8 RGB.
+    """Pictures read like an array: frames[rows] is (*rows.shape, height, width, 3) uint8 RGB.
     sources: of N frames, see read_image. The share AUGMENT of the first n_train has jittered copies,
     in the rows after all frames; copy_of (N,) is the row of each frame's copy, its own without one."""
 
@@ -365,8 +365,10 @@ class Frames:
         return len(self.sources)
 
     def __getitem__(self, rows):
+        distinct, places = np.unique(rows, return_inverse=True)  # windows share frames
         with ThreadPoolExecutor() as pool:
-            return np.stack(list(pool.map(self.load, rows)))
+            pictures = np.stack(list(pool.map(self.load, distinct)))
+        return pictures[places.reshape(np.shape(rows))]
 
     def load(self, row):
         image = read_image(self.sources[row]).resize(self.size[::-1], Image.Resampling.BILINEAR)
@@ -405,8 +407,7 @@ class WindowSequence(keras.utils.Sequence):
 
     def __getitem__(self, batch):
         chosen = self.order[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE]
-        rows, places = np.unique(self.shown[chosen], return_inverse=True)  # read a shared frame once
-        return self.images[rows][places.reshape(len(chosen), -1)], self.counts[chosen]
+        return self.images[self.shown[chosen]], self.counts[chosen]
 
     def on_epoch_end(self):
         if self.copy_of is not None:

@@ -92,19 +92,12 @@ def test_about_half_of_the_windows_show_copies_and_every_epoch_draws_anew(monkey
     assert np.mean(with_copies) == pytest.approx(able / 2, abs=0.12)
 
 
-def test_sequence_reads_a_shared_frame_once(sequence):
-    class Counting:
-        def __init__(self, data):
-            self.data, self.rows = data, []
-
-        def __getitem__(self, rows):
-            self.rows.append(rows)
-            return self.data[rows]
-
-    plain = sequence()
-    plain.images = Counting(plain.images)
-    plain[1]
-    assert plain.images.rows[0].tolist() == [2, 3, 4, 5, 6, 7]
+def test_frames_that_windows_share_are_read_once(video, constants, monkeypatch):
+    frames = ts.Frames(ts.find_frames(range(1, 21)), (48, 64))
+    expected = np.stack([frames[window] for window in ([2, 3, 4], [3, 4, 5])])
+    load, read = ts.Frames.load, []
+    monkeypatch.setattr(ts.Frames, "load", lambda frames, row: read.append(row) or load(frames, row))
+    assert (frames[np.array([[2, 3, 4], [3, 4, 5]])] == expected).all() and sorted(read) == [2, 3, 4, 5]
 
 
 LABELS = {
