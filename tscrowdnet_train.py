@@ -712,7 +712,7 @@ def draw_counts(table):
     sides = np.arange(len(table)).repeat(2) + np.tile([-0.5, 0.5], len(table))  # of each frame
     shade = {"color": "0.85", "linewidth": 0, "transform": axes.get_xaxis_transform()}
     axes.fill_between(sides, 0, 1, odd, **shade)
-    axes.set(xlabel="Frame, from 0 (grey: unlike the training frames)", ylabel="People")
+    axes.set(xlabel="Frame, from 0 (grey: unlike the training frames, or unreadable)", ylabel="People")
     return {"counts": figure}
 
 
