@@ -141,13 +141,13 @@ def check_constants():
     def is_number(value, low=0, high=1):
         return isinstance(value, (int, float)) and low <= value <= high
 
-    units = {"LSTM_UNITS": LSTM_UNITS, "DENSE_UNITS": DENSE_UNITS, "SEQUENCE_LENGTH": SEQUENCE_LENGTH}
-    steps = {"FRAME_BATCH": FRAME_BATCH, "BATCH_SIZE": BATCH_SIZE, "EPOCHS": EPOCHS}
-    grids = {"FEATURE_LAYERS": FEATURE_LAYERS, "FEATURE_LAYERS_RANDOM": FEATURE_LAYERS_RANDOM}
+    wholes = dict(LSTM_UNITS=LSTM_UNITS, DENSE_UNITS=DENSE_UNITS, SEQUENCE_LENGTH=SEQUENCE_LENGTH,
+                  FRAME_BATCH=FRAME_BATCH, BATCH_SIZE=BATCH_SIZE, EPOCHS=EPOCHS)  # fmt: skip
+    grids = dict(FEATURE_LAYERS=FEATURE_LAYERS, FEATURE_LAYERS_RANDOM=FEATURE_LAYERS_RANDOM)
     for constants, is_fine, remedy in (
         (dict(LABELS=LABELS, FRAMES=FRAMES, OUTPUTS=OUTPUTS), is_path, "a path in quotes"),
         (dict(WEIGHTS=WEIGHTS, COUNT=COUNT), lambda x: not x or is_path(x), "a path in quotes, or None"),
-        (units | steps, is_whole, "a whole number above 0"),
+        (wholes, is_whole, "a whole number above 0"),
         (dict(PROJECTION=PROJECTION, SEED=SEED), lambda x: is_whole(x, 0), "a whole number, 0 or more"),
         (dict(FRAME_SIZE=FRAME_SIZE), lambda x: is_pair(x, 32), "(height, width), 32 or more"),
         (grids, is_grids, "{layer of ResNet50: (rows, columns), ...}"),
@@ -252,15 +252,16 @@ def find_frames(ids):
     """The labelled frames, N paths, by the last number in their names: in FRAMES or, as in Mall's own
     archive, its parent. Raises InputError."""
     ids = [int(frame) for frame in ids]
+    wanted = set(ids)
     found = {folder: {} for folder in (at(FRAMES), at(FRAMES).parent)}  # {folder: {number: paths}}
     for folder, numbered in found.items():
         for path in list_pictures(folder) if folder.is_dir() else []:
             for number in re.findall(r"\d+", path.stem)[-1:]:
                 numbered.setdefault(int(number), []).append(path)
-    if all(numbered.keys() >= set(ids) for numbered in found.values()):
+    if all(numbered.keys() >= wanted for numbered in found.values()):
         folders = " and ".join(map(str, found))
         raise InputError(f"{folders} both hold a frame for every label; move one video away")
-    folder, frames = max(found.items(), key=lambda item: len(item[1].keys() & set(ids)))
+    folder, frames = max(found.items(), key=lambda item: len(item[1].keys() & wanted))
     missing = [frame for frame in ids if frame not in frames]
     shift = min(frames, default=0) - min(ids)
     if missing and all(frame + shift in frames for frame in ids):
@@ -598,9 +599,13 @@ def compute_rows(compute, shape, path=None):
     in the file path, if one is given, from where an interrupted run goes on, with the same digits."""
     array = np.full(shape, np.nan, "float32")  # NaN: not computed yet
     if path:
-        with contextlib.suppress(OSError, EOFError, ValueError):  # no such file, or a damaged one
-            array[:] = np.load(path)
-        write_files(path.parent, {path.name: lambda new: np.save(new, array)})
+        try:
+            stored = np.load(path, mmap_mode="r")
+            is_fit = stored.shape == shape and stored.dtype == array.dtype
+        except (OSError, EOFError, ValueError):  # no such file, or a damaged one
+            is_fit = False
+        if not is_fit:
+            write_files(path.parent, {path.name: lambda new: np.save(new, array)})
         array = np.lib.format.open_memmap(path, "r+")
     seconds = 0.1 if sys.stdout.isatty() else 20
     bar = keras.utils.Progbar(len(array), unit_name="frame", interval=seconds, verbose=len(array) > 64)
@@ -728,7 +733,7 @@ def save_figures(folder, draw):
         plt.close("all")
         if screen.lower() != "agg":
             plt.switch_backend(screen)
-            figures = draw()
+            draw()
             plt.show()
     except Exception as error:  # matplotlib and its back ends raise many kinds
         print(f"Warning: no figures ({shorten(str(error), 200)}); all else is saved.", file=sys.stderr)
@@ -817,9 +822,9 @@ def count_people(model, frames, cache=None):
     def count(rows):
         """(people, length of the feature vector) in the windows of these rows, (n, 2)."""
         seen, places = np.unique(windows[rows], return_inverse=True)
-        features = read_features(spatial, images, seen)
-        memory = temporal.predict_on_batch(features[places.reshape(len(rows), -1)])
-        lengths = np.linalg.norm(features[np.searchsorted(seen, rows)], axis=1)
+        features = read_features(spatial, images, seen)[places.reshape(len(rows), -1)]  # (n, T, F)
+        memory = temporal.predict_on_batch(features)
+        lengths = np.linalg.norm(features[:, -1], axis=1)
         return np.column_stack([regression.predict_on_batch(memory), lengths])
 
     counts, lengths = compute_rows(count, (len(good), 2), cache).T

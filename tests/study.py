@@ -70,7 +70,7 @@ def predict(features, counts, ids, train, tests):
     """Counts of each of tests, features (M, F) of stretches of frames, by a network of the training rows (M,).
     features: of the N frames, then of a copy of each."""
     n = len(counts)
-    copied = train[np.arange(0, len(train), 1 / ts.AUGMENT).astype(int)] if ts.AUGMENT else train[:0]
+    copied = train[ts.Frames(train, ts.FRAME_SIZE, len(train)).copy_of >= len(train)]  # as the script chooses
     copy_of = np.arange(n)
     copy_of[copied] = n + copied
     known = features.copy()
@@ -111,11 +111,11 @@ def measure_row(row, labels, others, folds, folder):
     conditions = {"later": features[half:n]} | seen
     predicted = predict(features, counts, ids, np.arange(half), conditions.values())
     scores = {name: ts.measure(counts[half:], counted) for name, counted in zip(conditions, predicted)}
-    counted = np.empty(n)
-    for fold in np.array_split(np.arange(n), folds) if folds else []:
-        train = np.flatnonzero((np.arange(n) < fold[0] - MARGIN) | (np.arange(n) > fold[-1] + MARGIN))
-        (counted[fold],) = predict(features, counts, ids, train, [features[fold]])
     if folds:
+        counted = np.empty(n)
+        for fold in np.array_split(np.arange(n), folds):
+            train = np.flatnonzero((np.arange(n) < fold[0] - MARGIN) | (np.arange(n) > fold[-1] + MARGIN))
+            (counted[fold],) = predict(features, counts, ids, train, [features[fold]])
         scores["folds"] = ts.measure(counts, counted)
     return {name: (score["mae"], score["mse"]) for name, score in scores.items()}
 
