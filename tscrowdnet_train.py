@@ -2,27 +2,25 @@
 
     pip install -r requirements.txt && python tscrowdnet_train.py
 
-Reads      labels.csv                        id,count: how many people each frame shows
-           frames/frames/seq_000001.jpg ...  the frames of one fixed camera
-Writes     outputs/ts_crowdnet.keras         the model: windows of uint8 frames in, counts out
-           outputs/metrics.json, predictions.csv, history.csv; figures as .png and .pdf
+Reads    labels.csv                        id,count: how many people each frame shows
+         frames/frames/seq_000001.jpg ...  the frames of one fixed camera
+Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in, counts out
+         outputs/metrics.json, predictions.csv, history.csv; figures as .png and .pdf
 
-N labelled frames, the first n_train train; C jittered copies of some of these; T = SEQUENCE_LENGTH;
-H x W = FRAME_SIZE; F numbers in a feature vector, 15,360 with trained weights. Stages for a window:
+N labelled frames, of which the first n_train train; C jittered copies of some of these; T frames
+in a window, SEQUENCE_LENGTH; H x W = FRAME_SIZE; F numbers in a feature vector. Each window passes:
 
     frames (T, H, W, 3) uint8
-    1. spatial     TimeDistributed(frozen ResNet50, read at FEATURE_LAYERS)    -> features (T, F)
-    2. temporal    the same Dense for every frame (T, PROJECTION), an LSTM     -> memory (LSTM_UNITS,)
-    3. regression  Dense(DENSE_UNITS, relu), Dense(1): the last frame's count  -> people (1,)
+    1. spatial     TimeDistributed(frozen ResNet50)          -> feature vectors (T, F)
+    2. temporal    the same Dense for each vector, an LSTM   -> memory (LSTM_UNITS,)
+    3. regression  Dense(relu), Dense(1)                     -> people in the last frame (1,)
 
-Stage 1 does not learn, so it reads the N + C pictures once and its features (N + C, F) are kept;
-WindowSequence feeds windows of them (BATCH_SIZE, T, F) to stages 2 and 3, which train.
+Stage 1 does not learn, so it reads the N + C pictures once. Its features (N + C, F) are kept, and
+WindowSequence feeds windows of them (BATCH_SIZE, T, ...) to stages 2 and 3, which train.
 """
 
-import contextlib
-import copy
-import csv
 import faulthandler
+import functools
 import hashlib
 import io
 import json
@@ -35,16 +33,16 @@ import signal
 import sys
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral, Real
 from pathlib import Path
 from textwrap import shorten
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback, from here on
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     stderr = os.dup(2)
-    faulthandler.enable(stderr)  # tells of a crash inside a library, also while that is silent:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # TensorFlow writes lines as it starts
+    faulthandler.enable(stderr)  # a crash while importing is told, TensorFlow's greeting is not
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if os.environ.get("MPLBACKEND", "").lower() != "agg":
         os.environ.pop("MPLBACKEND", None)  # one that is not installed would stop the import
@@ -54,15 +52,15 @@ try:
     import numpy as np
     import pandas as pd
     import scipy.io
+    import scipy.sparse
     import seaborn as sns
+    import tensorflow as tf
     from keras import layers, ops
     from matplotlib.ticker import LogLocator
     from PIL import Image, ImageEnhance, ImageOps  # Pillow comes with matplotlib
     from sklearn.metrics import mean_absolute_error, mean_squared_error
     from sklearn.preprocessing import StandardScaler
 except ModuleNotFoundError as error:
-    if __name__ != "__main__":
-        raise
     sys.exit(f"Error: {error}: pip install -r requirements.txt, with Python 3.10 to 3.13")
 finally:
     if __name__ == "__main__":
@@ -70,48 +68,50 @@ finally:
 
 ROOT = Path(__file__).resolve().parent
 
-# -- Data: relative paths start at this script's folder -------------------------------------------
+# -- Data: relative paths start at this script's folder --------------------------------------
 LABELS = "labels.csv"  # another CSV with columns id,count, or the official "mall_gt.mat"
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, seq_000002.jpg, ...: one fixed camera
 OUTPUTS = "outputs"  # give each experiment a folder of its own to keep its results
-SEQUENCE_LENGTH = 5  # frames in a window; more for a high frame rate, 1 to use no earlier frames
+SEQUENCE_LENGTH = 5  # frames in a window; more for a high frame rate, 1 for single frames
 FRAME_SIZE = (300, 400)  # (height, width) fed to ResNet50; larger if people are small
 TRAIN_FRACTION = 0.8  # first part of the video, to train on; 0.4 for Mall's canonical split
 
-# -- Spatial stage: frozen ResNet50 ---------------------------------------------------------------
+# -- Spatial stage: frozen ResNet50 ----------------------------------------------------------
 WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random
-# Layers to read and the grid (rows, columns) each is summarised over; finer if people differ in size.
+# Layers to read, and the grid (rows, columns) over which each is summarised.
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}  # fmt: skip
 # Read instead if the weights are random: their deeper layers only add noise.
-FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2), "conv2_block3_out": (3, 2)}
-FEATURE_SPREAD = True  # the standard deviation in each cell, too; False: the mean, as published
-AUGMENT = 0.25  # share of training frames with a jittered copy (other light, nudged camera), 0 to 1
+FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
+                         "conv2_block3_out": (3, 2)}  # fmt: skip
+FEATURE_SPREAD = True  # standard deviation in each cell, too; False: the mean, as published
+AUGMENT = 0.25  # share of training frames with a copy in other light, the camera nudged
 PRECISION = "auto"  # "float32", "bfloat16"; auto: bfloat16 where the hardware has units for it
 FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out, more on a GPU
-CACHE_FEATURES = True  # False: frames pass ResNet50 in every epoch, as published; slower, no better
+CACHE_FEATURES = True  # False: frames pass ResNet50 in every epoch; slower, no better
 
-# -- Temporal stage: projection and LSTM ----------------------------------------------------------
-PROJECTION = 32  # numbers of each feature vector that the LSTM sees; 0: all of them, as published
+# -- Temporal stage: projection and LSTM -----------------------------------------------------
+PROJECTION = 32  # numbers of each feature vector that the LSTM sees; 0: all, as published
 LSTM_UNITS = 64  # more for longer windows
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training; 0.5 as published
-FORGET_BIAS = -2.0  # of its forget gate at the start; higher: earlier frames weigh more (Keras: 1)
+FORGET_BIAS = -2.0  # of its forget gate; higher: earlier frames weigh more (Keras: 1)
 
-# -- Regression stage and training ----------------------------------------------------------------
+# -- Regression stage and training -----------------------------------------------------------
 DENSE_UNITS = 64  # of the layer between the LSTM and the count
-BATCH_SIZE = 32  # windows in a step; about 4 if CACHE_FEATURES = False: each then holds T frames
+BATCH_SIZE = 32  # windows in a step; about 4 if CACHE_FEATURES = False
 EPOCHS = 50  # passes over the training windows; fewer for a quick look
-# SGD learns what many frames share first, what is peculiar to one last; "adam" learns both at once.
-OPTIMIZER = {"class_name": "SGD", "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
-LEARNING_RATE = 0.03  # falls to 0 along a half cosine; 0.3 is too much for SGD, Adam wants 1e-3
+# SGD learns first what many frames share, last what is peculiar to one; "adam" does not.
+OPTIMIZER = {"class_name": "sgd",
+             "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}  # fmt: skip
+LEARNING_RATE = 0.03  # falls to 0 along a half cosine; 0.3 is too much; 1e-3 for "adam"
 SEED = 0  # another seed, another model: publish mean and standard deviation over several
 
-# -- Evaluation and use ---------------------------------------------------------------------------
+# -- Evaluation and use ----------------------------------------------------------------------
 TOLERANCE = 0.20  # counts within this share of the truth are accurate; 0.20 as published
-COUNT = None  # a folder of new frames to count with the model in OUTPUTS, instead of training
-UNFAMILIAR = 1.05  # mark frames farther from the mean image; the farthest one trained on is at 1
+COUNT = None  # a folder of new frames to count with the model in OUTPUTS, without training
+UNFAMILIAR = 1.05  # mark frames farther from the mean than this x the farthest trained on
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # the files taken for frames
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 class InputError(ValueError):
@@ -119,63 +119,55 @@ class InputError(ValueError):
 
 
 def at(path):
-    """A path from the constants, taken relative to this script's folder unless it is absolute."""
+    """A path from the constants, relative to this script's folder unless it is absolute."""
     return ROOT / Path(path).expanduser()
 
 
 def check_constants():
     """Raises InputError for a constant whose wrong value would fail late or obscurely."""
 
-    def is_path(value):
-        return isinstance(value, (str, Path))
+    def check(is_fine, remedy, **constants):
+        for name, value in constants.items():
+            if not is_fine(value):
+                raise InputError(f"{name} = {value!r}: make it {remedy}")
 
-    def is_whole(value, low=1):
-        return isinstance(value, int) and low <= value < 2**32
+    def between(low, high, kind=Real):
+        return lambda value: isinstance(value, kind) and low <= value <= high
 
     def is_pair(value, low=1):
-        return np.shape(value) == (2,) and all(is_whole(part, low) for part in value)
+        return np.shape(value) == (2,) and min(value) >= low
 
     def is_grids(value):
         return isinstance(value, dict) and value and all(map(is_pair, value.values()))
 
-    def is_number(value, low=0, high=1):
-        return isinstance(value, (int, float)) and low <= value <= high
-
-    wholes = dict(LSTM_UNITS=LSTM_UNITS, DENSE_UNITS=DENSE_UNITS, SEQUENCE_LENGTH=SEQUENCE_LENGTH,
-                  FRAME_BATCH=FRAME_BATCH, BATCH_SIZE=BATCH_SIZE, EPOCHS=EPOCHS)  # fmt: skip
+    above_0 = (between(1, 10**6, Integral), "a whole number above 0")
+    check(*above_0, SEQUENCE_LENGTH=SEQUENCE_LENGTH, LSTM_UNITS=LSTM_UNITS, EPOCHS=EPOCHS)
+    check(*above_0, DENSE_UNITS=DENSE_UNITS, FRAME_BATCH=FRAME_BATCH, BATCH_SIZE=BATCH_SIZE)
+    check(between(0, 10**9, Integral), "a whole number", PROJECTION=PROJECTION, SEED=SEED)
+    check(between(0, 1), "a number from 0 to 1", AUGMENT=AUGMENT, TOLERANCE=TOLERANCE)
+    check(between(0, 0.99), "a number from 0 to 0.99", LSTM_DROPOUT=LSTM_DROPOUT)
+    check(between(0.01, 0.99), "such as 0.8", TRAIN_FRACTION=TRAIN_FRACTION)
+    check(between(1e-9, 100), "such as 0.03", LEARNING_RATE=LEARNING_RATE)
+    check(between(-100, 100), "a number", FORGET_BIAS=FORGET_BIAS, UNFAMILIAR=UNFAMILIAR)
+    is_path = (lambda value: isinstance(value, (str, Path)), "a path in quotes")
+    check(*is_path, LABELS=LABELS, FRAMES=FRAMES, OUTPUTS=OUTPUTS)
+    check(*is_path, WEIGHTS=WEIGHTS or "", COUNT=COUNT or "")
+    check(lambda value: is_pair(value, 32), "(height, width), 32 or more", FRAME_SIZE=FRAME_SIZE)
     grids = dict(FEATURE_LAYERS=FEATURE_LAYERS, FEATURE_LAYERS_RANDOM=FEATURE_LAYERS_RANDOM)
-    for constants, is_fine, remedy in (
-        (dict(LABELS=LABELS, FRAMES=FRAMES, OUTPUTS=OUTPUTS), is_path, "a path in quotes"),
-        (dict(WEIGHTS=WEIGHTS, COUNT=COUNT), lambda x: not x or is_path(x), "a path in quotes, or None"),
-        (wholes, is_whole, "a whole number above 0"),
-        (dict(PROJECTION=PROJECTION, SEED=SEED), lambda x: is_whole(x, 0), "a whole number, 0 or more"),
-        (dict(FRAME_SIZE=FRAME_SIZE), lambda x: is_pair(x, 32), "(height, width), 32 or more"),
-        (grids, is_grids, "{layer of ResNet50: (rows, columns), ...}"),
-        (dict(PRECISION=PRECISION), ("auto", "float32", "bfloat16").count, "auto, float32 or bfloat16"),
-        (dict(AUGMENT=AUGMENT, TOLERANCE=TOLERANCE), is_number, "a number from 0 to 1"),
-        (dict(TRAIN_FRACTION=TRAIN_FRACTION), lambda x: is_number(x, 0.001, 0.999), "such as 0.8"),
-        (dict(LSTM_DROPOUT=LSTM_DROPOUT), lambda x: is_number(x, 0, 0.99), "a number from 0 to 0.99"),
-        (dict(LEARNING_RATE=LEARNING_RATE), lambda x: is_number(x, 1e-9, 100), "such as 0.03"),
-        (dict(FORGET_BIAS=FORGET_BIAS), lambda x: is_number(x, -100, 100), "a number such as -2"),
-        (dict(UNFAMILIAR=UNFAMILIAR), lambda x: is_number(x, 0, 1e9), "a number such as 1.05"),
-    ):
-        for name, value in constants.items():
-            if not is_fine(value):
-                raise InputError(f"{name} = {value!r}: make it {remedy}")
+    check(is_grids, "{layer of ResNet50: (rows, columns), ...}", **grids)
+    check(("auto", "float32", "bfloat16").count, "auto, float32 or bfloat16", PRECISION=PRECISION)
     try:
-        keras.optimizers.get(copy.deepcopy(OPTIMIZER)).learning_rate = LEARNING_RATE
+        keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
     except Exception as error:  # Keras raises many kinds
         raise InputError(f"{OPTIMIZER = }: {shorten(str(error), 150)}") from None
 
 
-# == Files in OUTPUTS: whole or absent, whenever a run is cut short ===============================
+# == Files in OUTPUTS: whole or absent, whenever a run is cut short ==========================
 def write_files(folder, writers):
-    """Writes files {name: write(path)} under names of this process's own, then renames them all: no
-    file is ever half written, or by two runs."""
+    """Writes files {name: write(path)} under names of this process's own, then renames them:
+    none is ever half written, or by two runs."""
     new = {name: folder / f".new-{os.getpid()}-{name}" for name in writers}
     for name, write in writers.items():
-        if (folder / name).is_dir():
-            raise InputError(f"{folder / name}: a folder where a file will be written; rename it")
         write(new[name])
         with new[name].open("r+b") as file:
             os.fsync(file.fileno())
@@ -184,7 +176,7 @@ def write_files(folder, writers):
 
 
 def open_cache(folder, key, files):
-    """The folder in folder for what depends on this key and these files; all else in it is deleted."""
+    """A folder in folder for what depends on this key and these files; all else there goes."""
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.blake2b(repr((key, states)).encode(), digest_size=8).hexdigest()
     if not (folder / digest).exists():
@@ -193,27 +185,9 @@ def open_cache(folder, key, files):
     return folder / digest
 
 
-# == Data =========================================================================================
-def read_csv(path):
-    """The columns id and count of a CSV as text, indexed by their rows in the file."""
-    data = path.read_bytes()
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    text = data.decode(encoding, errors="replace")  # ids and counts are plain digits anyway
-    for separator in ",;\t":
-        lines = enumerate(csv.reader(text.splitlines(), delimiter=separator), 1)
-        header, *rows = [(row, fields) for row, fields in lines if any(fields)] or [(0, [])]
-        columns = [name.strip().lower() for name in header[1]]
-        if columns.count("id") == columns.count("count") == 1:
-            for row, fields in rows:
-                if len(fields) > len(columns):
-                    raise ValueError(f"more fields in row {row} than in the header")
-            table = {f"row {row}": dict(zip(columns, fields)) for row, fields in rows}
-            return pd.DataFrame.from_dict(table, "index").reindex(columns=["id", "count"])
-    raise ValueError("its first line must name one column id and one column count, as in id,count")
-
-
+# == Data ====================================================================================
 def read_labels(path):
-    """Reads the people counts from a CSV with columns id and count, or from Mall's mall_gt.mat.
+    """Reads the people counts from a CSV with columns id and count, or Mall's mall_gt.mat.
     Returns a float Series of counts indexed by frame id, ascending. Raises InputError."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; set LABELS to your labels.csv or mall_gt.mat")
@@ -221,47 +195,56 @@ def read_labels(path):
         if path.suffix.lower() == ".mat":
             counts = np.ravel(scipy.io.loadmat(path, variable_names=["count"])["count"])
             table = pd.DataFrame({"id": range(1, len(counts) + 1), "count": counts}, dtype=str)
-            table = table.set_axis("entry " + table["id"])
+            table.index += 1
         else:
-            table = read_csv(path)
+            text = path.read_text("utf-8-sig", errors="replace")
+            text = text.replace(";", ",").replace("\t", ",")
+            table = pd.read_csv(io.StringIO(text), dtype=str, skip_blank_lines=False)
+            if not isinstance(table.index, pd.RangeIndex):
+                raise ValueError("rows have more fields than the header")
+            table.columns = table.columns.str.strip().str.lower()
+            table.index += 2
+        table = table[["id", "count"]].set_axis(["id", "count"], axis=1).dropna(how="all")
     except Exception as error:  # SciPy and pandas raise many kinds for a damaged file
-        raise InputError(f"{path}: no readable labels ({error}); replace or correct it") from None
+        problem = f"no readable labels ({shorten(str(error), 150)})"
+        raise InputError(f"{path}: {problem}; its first line must be id,count") from None
     if table.empty:
         raise InputError(f"{path}: no labels; give one row id,count for each frame")
     values = table.apply(pd.to_numeric, errors="coerce").astype(float)
-    whole = values.ge(0) & values.le([10**9, 10**6]) & values.mod(1).eq(0)  # (rows, 2)
-    for column, bad, problem in (
-        ("id", ~whole["id"], "is not a whole number from 0 to 1000000000"),
-        ("id", values["id"].duplicated(), "is there twice"),
-        ("count", ~whole["count"], "is not a whole number from 0 to 1000000"),
-    ):
-        if bad.any():
-            row = f"{bad.idxmax()}: {column} {table.loc[bad.idxmax(), column]!r}"
-            raise InputError(f"{path}, {row} {problem} ({bad.sum()} such rows); correct it")
+    is_bad = ~(values.ge(0) & values.le([10**9, 10**6]) & values.mod(1).eq(0))  # (rows, 2)
+    is_bad["id"] |= values["id"].duplicated()
+    if is_bad.any(axis=None):
+        row, column = is_bad.stack().idxmax()
+        problem = f"{column} {table.loc[row, column]!r} is not a whole number, or there twice"
+        total = is_bad.any(axis=1).sum()
+        raise InputError(f"{path}, row {row}: {problem} ({total} such rows); correct it")
     return values.astype({"id": int}).set_index("id")["count"].sort_index()
 
 
 def list_pictures(folder):
-    """The pictures in a folder, in the order of the numbers in their names: frame_2, frame_10."""
-    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
-    paths = [path for path in visible if path.suffix.lower() in PICTURES and path.is_file()]
-    return sorted(paths, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(12), path.name))
+    """The pictures in a folder, by the numbers in their names: frame_2, frame_10."""
+    paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in PICTURES]
+    return sorted(paths, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(12), path.name))
 
 
 def find_frames(ids):
-    """The labelled frames, N paths, by the last number in their names: in FRAMES or, as in Mall's own
-    archive, its parent. Raises InputError."""
+    """The labelled frames, N paths, by the last number in their names: in FRAMES or, as in
+    Mall's own archive, its parent. Raises InputError."""
     ids = [int(frame) for frame in ids]
     wanted = set(ids)
-    found = {folder: {} for folder in (at(FRAMES), at(FRAMES).parent)}  # {folder: {number: paths}}
-    for folder, numbered in found.items():
-        for path in list_pictures(folder) if folder.is_dir() else []:
-            for number in re.findall(r"\d+", path.stem)[-1:]:
-                numbered.setdefault(int(number), []).append(path)
-    if all(numbered.keys() >= wanted for numbered in found.values()):
-        folders = " and ".join(map(str, found))
-        raise InputError(f"{folders} both hold a frame for every label; move one video away")
-    folder, frames = max(found.items(), key=lambda item: len(item[1].keys() & wanted))
+    folders = {at(FRAMES): {}, at(FRAMES).parent: {}}  # {folder: {number: path}}
+    for folder, frames in folders.items():
+        for path in list_pictures(folder):
+            for number in map(int, re.findall(r"\d+", path.stem)[-1:]):
+                other = frames.setdefault(number, path)
+                if other != path and number in wanted:
+                    names = f"{other.name} and {path.name}"
+                    raise InputError(f"{folder}: {names} have the same number; move one away")
+    if all(frames.keys() >= wanted for frames in folders.values()):
+        names = " and ".join(map(str, folders))
+        raise InputError(f"{names} both hold a frame for every label; move one video away")
+    folder = max(folders, key=lambda folder: len(folders[folder].keys() & wanted))
+    frames = folders[folder]
     missing = [frame for frame in ids if frame not in frames]
     shift = min(frames, default=0) - min(ids)
     if missing and all(frame + shift in frames for frame in ids):
@@ -270,76 +253,62 @@ def find_frames(ids):
     if missing:
         problem = f"{len(missing)} of {len(ids)} labelled frames missing: {shorten(str(missing), 60)}"
         raise InputError(f"{folder}: {problem}; add them, or correct FRAMES or LABELS")
-    for frame in ids:
-        if len(frames[frame]) > 1:
-            names = " and ".join(path.name for path in frames[frame][:2])
-            raise InputError(f"{folder}: {names} have the same number; move one of them away")
     if len(frames) > len(ids):
-        print(f"{len(frames) - len(ids)} frames have no label and are ignored.")
-    return [frames[frame][0] for frame in ids]
+        print(f"{len(frames) - len(ids)} frames have no label and are ignored; is {LABELS} theirs?")
+    return [frames[frame] for frame in ids]
 
 
-def read_image(source, draft=False):
-    """A picture, upright, RGB. source: a path, or a uint8 array (H, W, 3). draft: a JPEG at 1/8 of its
-    size, faster, and damage still shows. Raises whatever Pillow does, which is much."""
+def read_image(source):
+    """A picture, upright, RGB. source: a path, or a uint8 array (H, W, 3). Raises what Pillow
+    does, which is much."""
     if isinstance(source, np.ndarray):
         if source.dtype != "uint8" or source.shape[2:] != (3,):
             raise ValueError(f"{source.dtype} {source.shape}, not uint8 (H, W, 3)")
-        return Image.fromarray(source)
-    data = source.read_bytes()
-    if data.startswith(b"\xff\xd8"):  # a JPEG; zeros at its end are space reserved, never written
-        data = data.rstrip(b"\0")
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode[0] in "IF":
-            raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
-        if draft:
-            image.draft("RGB", (1, 1))
-        image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF data leave the pixels as they are
-            image = ImageOps.exif_transpose(image)
-        return image.convert("RGB")
+        image = Image.fromarray(source)
+    else:
+        data = source.read_bytes()
+        if data.startswith(b"\xff\xd8"):  # a JPEG: zeros at its end were never written
+            data = data.rstrip(b"\0")
+        image = Image.open(io.BytesIO(data))
+    if image.mode[0] in "IF":
+        raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def find_damage(sources):
-    """For each source of read_image None, or what is wrong with it (N)."""
+    """Which sources read_image can read (N,) bool, and a line about the others."""
 
     def find_problem(source):
         try:
-            read_image(source, draft=True)
+            read_image(source)
         except Exception as error:
-            return f"{getattr(source, 'name', 'array')}: {str(error) or type(error).__name__}"
+            name = getattr(source, "name", "array")
+            return f"{name}: {str(error) or type(error).__name__}"
 
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(find_problem, sources))
+        problems = list(pool.map(find_problem, sources))
+    damaged = list(filter(None, problems))
+    line = f"{len(damaged)} of {len(sources)} frames cannot be read: "
+    return pd.isna(np.array(problems, object)), line + shorten("; ".join(damaged), 200)
 
 
 def check_frames(paths):
-    """Raises InputError for frames that cannot be used; prints a FRAME_SIZE that fits them better."""
-    damaged = list(filter(None, find_damage(paths)))
-    if damaged:
-        problem = f"{len(damaged)} of {len(paths)} frames cannot be used"
-        raise InputError(f"{at(FRAMES)}: {problem}: {shorten('; '.join(damaged), 200)}; replace them")
+    """Raises InputError for frames that cannot be used; prints what else is odd about them."""
+    is_good, line = find_damage(paths)
+    if not is_good.all():
+        raise InputError(f"{at(FRAMES)}: {line}; replace them")
     width, height = read_image(paths[0]).size
     if not 0.9 < FRAME_SIZE[0] / FRAME_SIZE[1] * width / height < 1.1:
         scale = min(FRAME_SIZE) / min(width, height)
         better = (round(height * scale), round(width * scale))
-        print(f"FRAME_SIZE = {FRAME_SIZE} distorts frames of {width}x{height}; {better} would not.")
-
-
-SAMPLE_LABELS = 722921060  # zlib.crc32 of the labels that ship with the sample
-
-
-def check_sample(labels, paths):
-    """Says that the shipped sample is one. Raises InputError where its labels go with other frames."""
+        print(f"{FRAME_SIZE = } distorts frames of {width}x{height}; {better} would not.")
     if b"synthetic mall sample" in paths[0].read_bytes():
-        print("They are the rendered sample, not real people; the README says how to use Mall instead.")
-    elif zlib.crc32(labels.to_json().encode()) == SAMPLE_LABELS:
-        raise InputError(f"{at(LABELS)}: labels of the shipped sample, not of these frames; set LABELS")
+        print("They are rendered, not real people; the README says how to use Mall instead.")
 
 
 def jitter(image, rng):
-    """A copy in other light (up to 15%, tint 5%), from a nudged camera (2% of the width, zoom 3%),
-    black where that sees beyond the picture."""
+    """A copy in other light (up to 15%, tint 5%), from a nudged camera (2% of the width, zoom
+    3%), black where that sees beyond the picture."""
     zoom = rng.uniform(0.97, 1.03)
     left, top = rng.uniform(-0.02, 0.02, 2) * image.width + np.array(image.size) * (1 - zoom) / 2
     matrix = (zoom, 0, left, 0, zoom, top)
@@ -352,8 +321,9 @@ def jitter(image, rng):
 
 class Frames:
     """Pictures read like an array: frames[rows] is (*rows.shape, height, width, 3) uint8 RGB.
-    sources: of N frames, see read_image. The share AUGMENT of the first n_train has jittered copies,
-    in the rows after all frames; copy_of (N,) is the row of each frame's copy, its own without one."""
+    sources: of N frames, see read_image. A share AUGMENT of the first n_train has jittered
+    copies, in the rows after all frames; copy_of (N,): the row of each frame's copy, its own
+    without one."""
 
     def __init__(self, sources, size, n_train=0):
         copied = np.arange(0, n_train, 1 / AUGMENT).astype(int) if AUGMENT else []
@@ -372,26 +342,28 @@ class Frames:
         return pictures[places.reshape(np.shape(rows))]
 
     def load(self, row):
-        image = read_image(self.sources[row]).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        image = read_image(self.sources[row])
+        image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
         if row >= len(self.copy_of):
             image = jitter(image, np.random.default_rng((SEED, row)))
         return np.asarray(image)
 
 
 def make_windows(ids, length):
-    """For each frame, the rows of the window that ends at it (N, length). No window crosses a gap in
-    the ids: the row after it repeats. Ids 1, 2, 5 and length 3: [[0, 0, 0], [0, 0, 1], [2, 2, 2]]."""
+    """For each frame, the rows of the window that ends at it (N, length). No window crosses a
+    gap in the ids: the row after it repeats. Ids 1, 2, 5, length 2: [[0, 0], [0, 1], [2, 2]]."""
     rows = np.arange(len(ids))
-    starts_run = np.diff(ids, prepend=ids[0]) != 1  # the first frame, and the first after each gap
+    starts_run = np.diff(ids, prepend=ids[0]) != 1  # the first frame, the first after a gap
     run_start = np.maximum.accumulate(rows * starts_run)  # (N,)
     return np.maximum(rows[:, None] + np.arange(1 - length, 1), run_start[:, None])
 
 
 class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames to Keras.
-    images: Frames, or feature vectors (rows, F). windows: rows (K, T), as from make_windows. counts:
-    people in the last frame of each window (K,). copy_of: for training, that of Frames: every epoch
-    then shuffles the windows and draws about half of them, to show copies of frames that have some."""
+    images: Frames, or an array of their features. windows: rows (K, T), as from make_windows.
+    counts: people in the last frame of each window (K,). copy_of: for training, that of Frames;
+    every epoch then shuffles the windows, and shows half of them in copies, where there are
+    some."""
 
     def __init__(self, images, windows, counts, copy_of=None):
         super().__init__()
@@ -400,7 +372,8 @@ class WindowSequence(keras.utils.Sequence):
         self.counts = counts.reshape(-1, 1)
         self.copy_of = copy_of
         self.rng = np.random.default_rng(SEED)
-        self.order, self.shown = np.arange(len(windows)), windows
+        self.order = np.arange(len(windows))
+        self.shown = windows
         self.on_epoch_end()
 
     def __len__(self):
@@ -413,18 +386,18 @@ class WindowSequence(keras.utils.Sequence):
     def on_epoch_end(self):
         if self.copy_of is not None:
             self.rng.shuffle(self.order)
-            with_copies = self.rng.random((len(self.windows), 1)) < 0.5
-            self.shown = np.where(with_copies, self.copy_of[self.windows], self.windows)
+            in_copies = self.rng.random((len(self.windows), 1)) < 0.5
+            self.shown = np.where(in_copies, self.copy_of[self.windows], self.windows)
 
 
-# == Model, stage 1: spatial ======================================================================
+# == Model, stage 1: spatial =================================================================
 IMAGENET_FILE = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"  # as in keras.applications
 
 
 def load_resnet50():
     """ResNet50 without its top: (model, what its weights are, whether they are random). He et al.,
-    "Deep residual learning for image recognition", CVPR 2016. Raises InputError for an unfit file."""
+    "Deep residual learning for image recognition", CVPR 2016. Raises InputError."""
 
     def build(weights):
         keras.utils.set_random_seed(SEED)  # the same random weights whatever happened before
@@ -433,37 +406,37 @@ def load_resnet50():
 
     if not WEIGHTS:
         return build(None), "random", True
-    name = "imagenet" if WEIGHTS == "imagenet" else at(WEIGHTS).name
-    path = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser() / "models" / IMAGENET_FILE
-    if name != "imagenet":
-        path = at(WEIGHTS)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; correct WEIGHTS")
-    elif not os.path.isfile(path) or hashlib.md5(path.read_bytes()).hexdigest() != IMAGENET_MD5:
-        path = "imagenet"  # to be downloaded; Keras itself does not read a home that it cannot write
+    path = at(WEIGHTS)
+    if WEIGHTS == "imagenet":
+        home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+        path = home / "models" / IMAGENET_FILE  # Keras reads none in a home that it cannot write
+        if not path.is_file() or hashlib.md5(path.read_bytes()).hexdigest() != IMAGENET_MD5:
+            path = WEIGHTS  # to be downloaded
+    elif not path.is_file():
+        raise InputError(f"{path}: no such file; correct WEIGHTS")
     try:
         with warnings.catch_warnings():  # Keras only warns of layers that a file has no weights for
             warnings.filterwarnings("error", category=UserWarning, module="keras")
-            return build(str(path)), name, False
-    except Exception as error:  # h5py and Keras raise many kinds, a bare Exception without a network
+            return build(str(path)), Path(WEIGHTS).name, False
+    except Exception as error:  # h5py and Keras raise many kinds
         problem = shorten(str(error), 150)
-    if name != "imagenet":
+    if WEIGHTS != "imagenet":
         raise InputError(f"{path}: no weights of Keras's ResNet50 without top ({problem})")
-    print(f"Warning: no ImageNet weights ({problem}); random ones count worse.",
-          f"Remedy: WEIGHTS = 'path/{IMAGENET_FILE}'", file=sys.stderr)  # fmt: skip
+    remedy = f"random ones count worse. Remedy: WEIGHTS = 'path/{IMAGENET_FILE}'"
+    print(f"Warning: no ImageNet weights ({problem}); {remedy}", file=sys.stderr)
     return build(None), "random (the ImageNet weights could not be downloaded)", True
 
 
 def normalise(frames):
-    """RGB frames (n, H, W, 3) -> BGR, as ImageNet's weights expect, each channel of each frame at mean
-    0 and ImageNet's standard deviation of 57, so that a change of light changes little."""
+    """RGB frames (n, H, W, 3) -> BGR, as ImageNet's weights expect, each channel of each frame
+    at mean 0 and ImageNet's standard deviation of 57: a change of light changes little."""
     x = ops.cast(ops.flip(frames, axis=-1), "float32")
     x = layers.GroupNormalization(groups=-1, epsilon=1.0, center=False, scale=False)(x)
     return layers.Rescaling(57.0)(x)
 
 
 def calibrate(resnet, frames):
-    """Sets BatchNorm's statistics from frames (n, H, W, 3): random weights carry no signal without."""
+    """Sets BatchNorm's statistics from frames (n, H, W, 3): random weights need that."""
     for layer in resnet.layers:
         if isinstance(layer, layers.BatchNormalization):
             layer.momentum = 0.0  # replace the old statistics entirely
@@ -471,8 +444,8 @@ def calibrate(resnet, frames):
 
 
 def fold_batchnorm(resnet):
-    """The same network, faster: each convolution, ..._conv, also does the work of the BatchNorm after
-    it, ..._bn. Jacob et al., "Quantization and training of neural networks for efficient
+    """The same network, faster: each convolution, ..._conv, also does the work of the BatchNorm
+    after it, ..._bn. Jacob et al., "Quantization and training of neural networks for efficient
     integer-arithmetic-only inference", CVPR 2018."""
     norms = [layer for layer in resnet.layers if isinstance(layer, layers.BatchNormalization)]
 
@@ -492,8 +465,8 @@ def fold_batchnorm(resnet):
 
 
 def build_backbone(resnet, grids):
-    """ResNet50 read at the layers of grids: a frame (H, W, 3) uint8 -> features (F,). Each layer,
-    (h, w, C), is summarised over the cells of its grid: mean and standard deviation by channel."""
+    """ResNet50 read at the layers of grids: a frame (H, W, 3) uint8 -> features (F,). Each
+    layer, (h, w, C), is summarised over the cells of its grid: mean and standard deviation."""
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
     maps = keras.tree.flatten(fold_batchnorm(resnet)(normalise(frame)))
     features = []
@@ -504,47 +477,65 @@ def build_backbone(resnet, grids):
         mean = average(x)  # (rows, columns, C), or fewer where these do not divide (h, w)
         features.append(layers.Flatten()(mean))
         if FEATURE_SPREAD:
-            variance = ops.relu(average(ops.square(x)) - ops.square(mean))  # below 0 by rounding alone
+            variance = ops.relu(average(ops.square(x)) - ops.square(mean))
             features.append(layers.Flatten()(ops.sqrt(variance)))
-    features = layers.Concatenate()(features) if len(features) > 1 else features[0]
-    return keras.Model(frame, features, name="backbone")
+    return keras.Model(frame, ops.concatenate(features, axis=-1), name="backbone")
 
 
 def build_spatial(backbone, features, trained_on):
-    """Stage 1, for one frame: (H, W, 3) uint8 -> its feature vector (F,), standardised by the training
-    images, whose mean squared length is 1. Does the same to features (rows, F), in place; trained_on:
-    rows of the training images. The layer "longest" keeps their greatest length for count_people."""
+    """Stage 1, for one frame: (H, W, 3) uint8 -> its feature vector (F,), standardised by the
+    training images, whose mean squared length is 1. Does the same to features (rows, F), in
+    place. trained_on: rows of the training images. The layer "longest" keeps their greatest
+    length for count_people."""
     scaler = StandardScaler().fit(features[trained_on])
     scale = scaler.scale_ * math.sqrt(features.shape[1])
     features -= scaler.mean_.astype("float32")
     features /= scale.astype("float32")
-    longest = float(np.linalg.norm(features[trained_on], axis=1).max())
-    longest = max(longest, 1e-3)  # 0 where all training images are alike
-    x = layers.Normalization(mean=scaler.mean_, variance=np.square(scale * longest))(backbone.output)
-    x = layers.Rescaling(longest, name="longest")(x)  # divided by above: keeps it in the saved model
+    lengths = np.linalg.norm(features[trained_on], axis=1)
+    longest = max(float(lengths.max()), 1e-3)  # 0 where all training images are alike
+    variance = np.square(scale * longest)
+    x = layers.Normalization(mean=scaler.mean_, variance=variance)(backbone.output)
+    x = layers.Rescaling(longest, name="longest")(x)
     spatial = keras.Model(backbone.input, x, name="resnet50_features")
     spatial.trainable = False
     return spatial
 
 
-# == Model, stages 2 and 3: temporal, regression ==================================================
+# == Model, stages 2 and 3: temporal, regression =============================================
 def build_temporal(n_features):
     """Stage 2: feature vectors (T, F) -> what the LSTM makes of them (LSTM_UNITS,)."""
     features = keras.Input((SEQUENCE_LENGTH, n_features), name="features")
     x = features
     if PROJECTION:
-        x = layers.Dense(PROJECTION, name="projection")(x)  # (T, PROJECTION)
-    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=True, name="lstm")  # unrolled: faster
+        start = keras.initializers.RandomNormal(stddev=0.01)  # small for any F: SGD needs that
+        x = layers.Dense(PROJECTION, kernel_initializer=start, name="projection")(x)
+    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=True, name="lstm")
     memory = lstm(x)
     kernel, recurrent_kernel, bias = lstm.get_weights()
-    bias[LSTM_UNITS : 2 * LSTM_UNITS] = FORGET_BIAS  # Keras's order: input, forget, cell, output
+    bias[LSTM_UNITS : 2 * LSTM_UNITS] = FORGET_BIAS  # the order: input, forget, cell, output
     lstm.set_weights([kernel, recurrent_kernel, bias])
     return keras.Model(features, memory, name="temporal")
 
 
+def find_basis(features):
+    """An orthonormal basis (F, K) of what the training images' features (K, F) span. SGD moves the
+    projection nowhere else, so that training on K coordinates is the same, and faster."""
+    if PROJECTION:
+        return np.linalg.qr(features.T)[0]
+    return scipy.sparse.eye_array(features.shape[1], dtype="float32")
+
+
+def widen(temporal, basis):
+    """Stage 2 for feature vectors (T, F), of one for their coordinates (T, K) in a basis (F, K)."""
+    projection, *others = temporal.get_weights()
+    wide = build_temporal(basis.shape[0])
+    wide.set_weights([basis @ projection, *others])
+    return wide
+
+
 def build_regression(counts):
-    """Stage 3: (LSTM_UNITS,) -> people in the last frame (1,), never negative. counts (M,), those of
-    the training frames, set its start, their mean, and its unit, their standard deviation."""
+    """Stage 3: (LSTM_UNITS,) -> people in the last frame (1,), never negative. counts (M,) of
+    the training frames set its start, their mean, and its unit, their standard deviation."""
     memory = keras.Input((LSTM_UNITS,), name="memory")
     x = layers.Dense(DENSE_UNITS, activation="relu", name="dense")(memory)
     x = layers.Dense(1, name="deviation")(x)
@@ -553,31 +544,27 @@ def build_regression(counts):
 
 
 def build_network(input_shape, spatial, temporal, regression):
-    """The three stages in a row; without the spatial one where windows hold feature vectors already."""
+    """The three stages in a row; without the spatial one for windows of feature vectors."""
     windows = keras.Input(input_shape, dtype="uint8" if spatial else "float32", name="windows")
     features = layers.TimeDistributed(spatial, name="spatial")(windows) if spatial else windows
     return keras.Model(windows, regression(temporal(features)), name="ts_crowdnet")
 
 
-# == Features and training ========================================================================
+# == Features and training ===================================================================
 def choose_precision():
-    """PRECISION; if "auto", bfloat16 on processors and GPUs with units for it: twice the speed."""
+    """PRECISION; if "auto", bfloat16 where the hardware has units for it: twice the speed."""
     if PRECISION != "auto":
         return PRECISION
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        for gpu in tf.config.list_physical_devices("GPU"):
-            capability = tf.config.experimental.get_device_details(gpu).get("compute_capability", (0,))
-            return "bfloat16" if capability >= (8, 0) else "float32"
-    flags = ""
-    with contextlib.suppress(OSError):  # not Linux
-        flags = Path("/proc/cpuinfo").read_text()
+    for gpu in tf.config.list_physical_devices("GPU"):
+        details = tf.config.experimental.get_device_details(gpu)
+        return "bfloat16" if details.get("compute_capability", (0,)) >= (8,) else "float32"
+    processor = Path("/proc/cpuinfo")  # on Linux
+    flags = processor.read_text() if processor.exists() else ""
     return "bfloat16" if re.search("avx512_bf16|amx_bf16", flags) else "float32"
 
 
 def set_precision(model, precision):
-    """Makes the ResNet50 in model compute in "float32" or "bfloat16"; all else stays float32."""
+    """Makes the ResNet50 in model compute in float32 or bfloat16; all else stays float32."""
     resnet = model.get_layer("resnet50")
     policy = keras.DTypePolicy("float32" if precision == "float32" else "mixed_bfloat16")
     if resnet.layers[-1].dtype_policy != policy:
@@ -587,65 +574,62 @@ def set_precision(model, precision):
 
 
 def read_features(model, frames, rows):
-    """Runs frames[rows] through model, FRAME_BATCH at a time: (n, F). The next are read meanwhile."""
+    """Runs frames[rows] through model, FRAME_BATCH at a time: (n, F)."""
     batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
-    with ThreadPoolExecutor(1) as reader:
+    with ThreadPoolExecutor(1) as reader:  # reads the next frames meanwhile
         images = reader.map(frames.__getitem__, batches)
         return np.concatenate([model.predict_on_batch(batch) for batch in images])
 
 
 def compute_rows(compute, shape, path=None):
-    """An array of a shape (rows, numbers), filled by compute(rows) for some rows at a time. All is kept
-    in the file path, if one is given, from where an interrupted run goes on, with the same digits."""
+    """An array (rows, numbers), filled by compute(rows) for some rows at a time. With a path, all
+    is kept in that .npy, from where an interrupted run goes on, with the same digits."""
     array = np.full(shape, np.nan, "float32")  # NaN: not computed yet
     if path:
         try:
-            stored = np.load(path, mmap_mode="r")
-            is_fit = stored.shape == shape and stored.dtype == array.dtype
-        except (OSError, EOFError, ValueError):  # no such file, or a damaged one
-            is_fit = False
-        if not is_fit:
+            np.load(path, mmap_mode="r")
+        except (OSError, EOFError, ValueError):  # not there yet, or damaged
             write_files(path.parent, {path.name: lambda new: np.save(new, array)})
         array = np.lib.format.open_memmap(path, "r+")
-    seconds = 0.1 if sys.stdout.isatty() else 20
-    bar = keras.utils.Progbar(len(array), unit_name="frame", interval=seconds, verbose=len(array) > 64)
-    for rows in np.split(np.arange(len(array)), range(8 * FRAME_BATCH, len(array), 8 * FRAME_BATCH)):
+    bar = keras.utils.Progbar(len(array), unit_name="frame", verbose=len(array) > 64)
+    step = 8 * FRAME_BATCH
+    for rows in np.split(np.arange(len(array)), range(step, len(array), step)):
         if np.isnan(array[rows]).any():
             array[rows] = compute(rows)
         bar.add(len(rows))
     return np.array(array)
 
 
-FEATURES_VERSION = 2  # raise it when code above changes the features: stored ones are then dropped
+FEATURES_VERSION = 3  # raise it when code above changes the features: stored ones then go
 
 
 def extract_features(frames, n_train, cache):
-    """Runs all frames and copies through ResNet50 once, or takes their features from cache. Returns
-    (backbone, features (N + C, F), what the weights are). Raises InputError."""
+    """Runs all frames and copies through ResNet50 once, or takes their features from cache.
+    Returns (backbone, features (N + C, F), what the weights are). Raises InputError."""
     resnet, weights, is_random = load_resnet50()
     grids = FEATURE_LAYERS_RANDOM if is_random else FEATURE_LAYERS
     try:
         outputs = [resnet.get_layer(name).output for name in grids]
     except ValueError as error:
-        raise InputError(f"FEATURE_LAYERS, FEATURE_LAYERS_RANDOM: {shorten(str(error), 200)}") from None
+        raise InputError(f"FEATURE_LAYERS, FEATURE_LAYERS_RANDOM: {error}"[:250]) from None
     resnet = keras.Model(resnet.input, outputs, name="resnet50")
-    precision = choose_precision()
-    key = (FRAME_SIZE, FRAME_BATCH, FEATURE_SPREAD, SEED, grids, n_train, precision, weights)
-    code = (FEATURES_VERSION, resnet.count_params(), keras.__version__, keras.backend.backend())
-    files = [*frames.sources, *([at(WEIGHTS)] if at(WEIGHTS or "").is_file() else [])]
-    folder = open_cache(cache, (key, code), files)
     if is_random:
-        calibrate(resnet, frames[[0, n_train - 1]])  # of more, the activations would take gigabytes
+        calibrate(resnet, frames[[0, n_train - 1]])  # more would take gigabytes
     backbone = build_backbone(resnet, grids)
-    n = len(frames.copy_of)
-    print(f"ResNet50, weights: {weights}, {precision}; feature vectors of {backbone.output_shape[1]:,}",
-          f"numbers from {', '.join(grids)}.")  # fmt: skip
-    print(f"It reads {n} frames, {len(frames) - n} copies:")
     shape = (len(frames), backbone.output_shape[1])
+    precision = choose_precision()
+    constants = (FRAME_SIZE, FRAME_BATCH, FEATURE_SPREAD, SEED, grids, n_train)
+    versions = (FEATURES_VERSION, keras.__version__, keras.backend.backend())
+    key = (constants, weights, precision, versions, shape, resnet.count_params())
+    files = [*frames.sources, *([at(WEIGHTS)] if at(WEIGHTS or "").is_file() else [])]
+    path = open_cache(cache, key, files) / "features.npy"
+    n = len(frames.copy_of)
+    print(f"ResNet50, weights: {weights}, {precision}, reads {n} frames and {len(frames) - n}",
+          f"copies; {shape[1]:,} numbers each from {', '.join(grids)}:")  # fmt: skip
     set_precision(backbone, precision)
     try:
-        path = folder / "features.npy"
-        features = compute_rows(lambda rows: read_features(backbone, frames, rows), shape, path)
+        read = functools.partial(read_features, backbone, frames)
+        features = compute_rows(read, shape, path)
     finally:
         set_precision(backbone, "float32")
     return backbone, features, weights
@@ -653,17 +637,17 @@ def extract_features(frames, n_train, cache):
 
 def train(model, training, validation):
     """Trains for EPOCHS epochs (the Sequence shuffles); returns the history. Validation is only
-    monitored. The loss is the mse divided by the counts' variance: one rate for every crowd."""
+    monitored. The loss: mse divided by the counts' variance, so one rate suits every crowd."""
     steps = EPOCHS * len(training)
-    optimizer = keras.optimizers.get(copy.deepcopy(OPTIMIZER))  # Keras changes what it is given
+    optimizer = keras.optimizers.get(OPTIMIZER)
     optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     variance = max(float(training.counts.var()), 1.0)
-    model.compile(optimizer, loss="mse", loss_weights=1 / variance, metrics=["mse", "mae"])
+    model.compile(optimizer, "mse", loss_weights=1 / variance, metrics=["mse", "mae"])
     fit = model.fit(training, validation_data=validation, epochs=EPOCHS, shuffle=False, verbose=2)
     return pd.DataFrame(fit.history, index=pd.RangeIndex(1, EPOCHS + 1, name="epoch"))
 
 
-# == Evaluation: metrics, figures, results ========================================================
+# == Evaluation: metrics, figures, results ===================================================
 def measure(true, predicted):
     """Metrics of counts. accuracy: share within TOLERANCE; a true 0 needs one that rounds to 0."""
     near = np.abs(predicted - true) <= TOLERANCE * true
@@ -673,111 +657,111 @@ def measure(true, predicted):
     return {"mae": mae, "mse": mse, "rmse": mse**0.5, "accuracy": float(accurate.mean())}
 
 
+def describe(metrics):
+    """A line of metrics."""
+    line = "MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {0:.0%}: {accuracy:.1%}"
+    return line.format(TOLERANCE, **metrics)
+
+
 def draw_figures(history, validation, baseline, paths, title):
-    """Figures of a run {name: figure}: error by epoch, predicted against true counts, examples."""
+    """Figures of a run {name: figure}. validation: id, true, predicted of the frames in paths."""
     loss, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    axes.plot(history.index - 0.5, history["mse"], label="training: mean over the epoch, copies too")
+    axes.plot(history.index - 0.5, history["mse"], label="training: mean over the epoch")
     axes.plot(history.index, history["val_mse"], "--", label="validation: after the epoch")
-    axes.axhline(baseline["mse"], color="0.5", linestyle=":", label="validation: always the mean count")
+    axes.axhline(baseline["mse"], color="0.5", linestyle=":", label="validation: the mean count")
     axes.set(yscale="log", xlabel="Epoch", ylabel="Mean squared error (people²)")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
     axes.legend()
 
-    both, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2), layout="constrained")
+    size = {"figsize": (11, 4), "width_ratios": (1, 2), "layout": "constrained"}
+    predictions, (left, right) = plt.subplots(1, 2, **size)
     counts = validation.set_index("id")[["true", "predicted"]]
     ends = np.array([counts.min().min() - 1, counts.max().max() + 1])
-    band = np.outer([1 - TOLERANCE, 1 + TOLERANCE], ends)
-    left.fill_between(ends, *band, color="0.9", label=f"within {TOLERANCE:.0%} of the truth")
+    low, high = (1 - TOLERANCE) * ends, (1 + TOLERANCE) * ends
+    left.fill_between(ends, low, high, color="0.9", label=f"within {TOLERANCE:.0%}")
     left.plot(ends, ends, color="0.5", label="exact")
     sns.scatterplot(counts, x="true", y="predicted", s=18, alpha=0.6, ax=left)
     left.set(xlim=ends, ylim=ends, xlabel="True count", ylabel="Predicted count", aspect="equal")
     left.legend()
     sns.lineplot(counts, linewidth=1, ax=right).set(xlabel="Frame", ylabel="People")
-    both.suptitle(title, parse_math=False)
+    predictions.suptitle(title, parse_math=False)
 
     examples, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    order = np.argsort(np.abs(validation["predicted"] - validation["true"]).to_numpy(), kind="stable")
-    rows = order[np.linspace(0, len(order) - 1, 6).round().astype(int)]  # from the best to the worst
+    errors = np.abs(validation["predicted"] - validation["true"]).to_numpy()
+    order = np.argsort(errors, kind="stable")
+    rows = order[np.linspace(0, len(order) - 1, 6).round().astype(int)]
     for axis, row in zip(axes.flat, rows):
         axis.imshow(read_image(paths[row]))
         text = "frame {id}: true {true}, predicted {predicted:.1f}"
         axis.set_title(text.format(**validation.iloc[row]))
         axis.axis("off")
     examples.suptitle("Validation frames, from the smallest to the largest error")
-    return {"loss": loss, "predictions": both, "examples": examples}
+    return {"loss": loss, "predictions": predictions, "examples": examples}
 
 
 def draw_counts(table):
     """The figure {name: figure} of counts over new frames, shaded where they are doubtful."""
     figure, axes = plt.subplots(figsize=(11, 4), layout="constrained")
     axes.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3)
-    odd = table["unfamiliar"].fillna(True).to_numpy(bool).repeat(2)
-    sides = np.arange(len(table)).repeat(2) + np.tile([-0.5, 0.5], len(table))  # of each frame
-    shade = {"color": "0.85", "linewidth": 0, "transform": axes.get_xaxis_transform()}
-    axes.fill_between(sides, 0, 1, odd, **shade)
-    axes.set(xlabel="Frame, from 0 (grey: unlike the training frames, or unreadable)", ylabel="People")
+    doubtful = table["unfamiliar"].fillna(True).to_numpy(float)[np.newaxis]
+    area = (-0.5, len(table) - 0.5, *axes.get_ylim())
+    axes.imshow(doubtful, cmap="Greys", vmin=0, vmax=5, aspect="auto", extent=area)
+    axes.set(xlabel="Frame, from 0 (grey: like no training frame, or unreadable)", ylabel="People")
     return {"counts": figure}
 
 
 def save_figures(folder, draw):
-    """Saves what draw() returns, {name: figure}, as PNG and PDF; shows it where there is a screen."""
-    screen = plt.get_backend()
+    """Saves what draw() returns, {name: figure}, and shows it where there is a screen."""
     try:
-        plt.switch_backend("agg")  # files first: they need no screen
         sns.set_theme(context="paper", style="ticks", palette="colorblind", rc={"savefig.dpi": 200})
         figures = draw()
-        files = {f"{name}.{kind}": figures[name].savefig for name in figures for kind in ("png", "pdf")}
+        kinds = ("png", "pdf")
+        files = {f"{name}.{kind}": figures[name].savefig for name in figures for kind in kinds}
         write_files(folder, files)
-        plt.close("all")
-        if screen.lower() != "agg":
-            plt.switch_backend(screen)
-            draw()
+        if plt.get_backend().lower() != "agg":
             plt.show()
+        plt.close("all")
     except Exception as error:  # matplotlib and its back ends raise many kinds
-        print(f"Warning: no figures ({shorten(str(error), 200)}); all else is saved.", file=sys.stderr)
+        print(f"Warning: no figures ({shorten(str(error), 200)}).", file=sys.stderr)
 
 
 def save_results(outputs, model, history, table, paths, run):
-    """Writes all results, prints a summary. table: id, split, true, predicted; of the frames in paths.
-    run: more for metrics.json. Figures come last: one that cannot be drawn costs only itself."""
+    """Writes all results, prints a summary. table: id, split, true, predicted; of the frames
+    in paths. run: more for metrics.json. Figures come last: one that fails costs only itself."""
     validation = table[table["split"] == "validation"]
     n_train = len(table) - len(validation)
     metrics = measure(validation["true"], validation["predicted"])
-    baseline = measure(validation["true"], np.full(len(validation), table["true"][:n_train].mean()))
-    report = metrics | {"train_frames": n_train, "validation_frames": len(validation), **run}
-    constants = {name: value for name, value in globals().items() if name.isupper() and name != "ROOT"}
-    versions = {library.__name__: library.__version__ for library in (keras, np, pd)}
-    report |= {"baseline": baseline, "python": sys.version, "versions": versions, "constants": constants}
+    mean_count = np.full(len(validation), table["true"][:n_train].mean())
+    baseline = measure(validation["true"], mean_count)
+    constants = {name: value for name, value in globals().items() if name.isupper()}
+    versions = {library.__name__: library.__version__ for library in (keras, tf, np)}
+    report = metrics | run | {"train_frames": n_train, "validation_frames": len(validation)}
+    report |= {"baseline": baseline, "python": sys.version, "versions": versions}
+    report |= {"constants": constants}
     write_files(outputs, {
         "ts_crowdnet.keras": model.save,
         "history.csv": history.to_csv,
         "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
-        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str) + "\n"),
+        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str)),
     })  # fmt: skip
-    scores = pd.DataFrame({"this model": metrics, "mean count": baseline})
-    scores.index = ["MAE, people", "MSE, people squared", "RMSE, people", f"within {TOLERANCE:.0%}"]
-    print(f"\nOn the validation frames:\n{scores.round(3).to_string()}")
-    print(f"ResNet50 weights: {run['weights']}. Results: {outputs}")
-    if metrics["mae"] >= baseline["mae"]:
-        print("That is no better than the mean training count: few frames, wrong labels, another scene?")
-    title = f"Validation frames; ResNet50 weights: {run['weights']}\n"
-    title += "MAE {mae:.2f}, MSE {mse:.2f}, within {0:.0%}: {accuracy:.1%}".format(TOLERANCE, **metrics)
-    title += "; always the mean count: {mae:.2f}, {mse:.2f}, {accuracy:.1%}".format(**baseline)
-    save_figures(outputs, lambda: draw_figures(history, validation, baseline, paths[n_train:], title))
+    title = f"Validation frames: {describe(metrics)}\nThe mean count: {describe(baseline)}"
+    print(f"\n{title}\nResNet50 weights: {run['weights']}. Results: {outputs}")
+    draw = functools.partial(draw_figures, history, validation, baseline, paths[n_train:], title)
+    save_figures(outputs, draw)
 
 
-# == Counting new footage =========================================================================
+# == Counting new footage ====================================================================
 def find_footage(frames):
-    """The frames meant by the argument of count_people, as sources of read_image. Raises InputError."""
+    """The frames meant by an argument of count_people: sources of read_image, in a list."""
     sources = frames
     if isinstance(frames, (str, Path)):
         path = Path(frames).expanduser()
+        sources = [path] if path.is_file() else list_pictures(path)
         if path.is_file() and path.suffix.lower() not in PICTURES:
             command = f"ffmpeg -i {path.name} -vf fps=1 frame_%06d.jpg"
-            raise InputError(f"{path}: no picture; make some of a video in a new folder: {command}")
-        sources = [path] if path.is_file() else list_pictures(path)
+            raise InputError(f"{path}: no picture; make some of a video: {command}")
     if not len(sources):
         raise InputError(f"{frames}: no frames to count; give some of {', '.join(PICTURES)}")
     return [Path(source) if isinstance(source, str) else source for source in sources]
@@ -785,50 +769,48 @@ def find_footage(frames):
 
 def load_stages(model):
     """(spatial, temporal, regression) of a model, or of the file of one. Raises InputError."""
-    name = Path(model).expanduser() if isinstance(model, (str, Path)) else "this model"
+    saved_by = "no Keras"
     try:
-        if isinstance(name, Path):
-            model = keras.saving.load_model(name, compile=False)
+        if isinstance(model, (str, Path)):
+            path = Path(model).expanduser()
+            saved_by = json.loads(zipfile.ZipFile(path).read("metadata.json"))["keras_version"]
+            model = keras.saving.load_model(path, compile=False)
         return [model.get_layer(stage) for stage in ("spatial", "temporal", "regression")]
     except Exception as error:  # zipfile, h5py and Keras raise many kinds
         problem = f"not written by this script, or by another Keras ({shorten(str(error), 150)})"
-    with contextlib.suppress(Exception):
-        saved_by = json.loads(zipfile.ZipFile(name).read("metadata.json"))["keras_version"]
-        problem += f"; saved by {saved_by}, this is {keras.__version__}"
-    raise InputError(f"{name}: {problem}; install that Keras, or train a model first")
+    versions = f"saved by {saved_by}, this is {keras.__version__}"
+    raise InputError(f"{model}: {problem}; {versions}; install that Keras, or train a model first")
 
 
 def count_people(model, frames, cache=None):
-    """Counts the people in new frames of the camera a model was trained on. Raises InputError, OSError.
-    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder or a picture, or paths or
-    uint8 RGB arrays (H, W, 3) in time order, at about the frame rate of training. cache: .npy to
-    resume from. Returns a DataFrame, a row a frame, indexed by file name: count, and unfamiliar, True
-    where a frame looks like no training frame. Both are empty where a frame cannot be read."""
+    """Counts the people in new frames of the camera a model was trained on.
+    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder or a picture, or
+    paths or uint8 RGB arrays (H, W, 3) in time order, at about the frame rate of training.
+    cache: .npy to resume from. Returns a DataFrame, a row a frame, indexed by file name: count,
+    and unfamiliar, True where a frame looks like no training frame. Both are empty where a
+    frame cannot be read. Raises InputError, OSError."""
     sources = find_footage(frames)
     spatial, temporal, regression = load_stages(model)
-    damage = find_damage(sources)
-    good = np.flatnonzero([problem is None for problem in damage])
-    if len(good) < len(sources):
-        problem = f"{len(sources) - len(good)} of {len(sources)} frames cannot be read: "
-        problem += shorten("; ".join(filter(None, damage)), 200)
-        if not len(good):
-            raise InputError(f"{problem}; replace them")
-        print(f"{problem}; their counts stay empty.")
-    spatial = spatial.layer
-    images = Frames([sources[row] for row in good], spatial.input_shape[1:3])
+    backbone = spatial.layer
+    is_good, line = find_damage(sources)
+    if not is_good.any():
+        raise InputError(f"{line}; replace them")
+    if not is_good.all():
+        print(f"{line}; their counts stay empty.")
+    good = np.flatnonzero(is_good)
+    images = Frames([sources[row] for row in good], backbone.input_shape[1:3])
     windows = make_windows(good, temporal.input_shape[1])
-    set_precision(spatial, choose_precision())
+    set_precision(backbone, choose_precision())
 
     def count(rows):
-        """(people, length of the feature vector) in the windows of these rows, (n, 2)."""
+        """(people, length of the last feature vector) for the windows of these rows (n, 2)."""
         seen, places = np.unique(windows[rows], return_inverse=True)
-        features = read_features(spatial, images, seen)[places.reshape(len(rows), -1)]  # (n, T, F)
-        memory = temporal.predict_on_batch(features)
-        lengths = np.linalg.norm(features[:, -1], axis=1)
-        return np.column_stack([regression.predict_on_batch(memory), lengths])
+        features = read_features(backbone, images, seen)[places.reshape(len(rows), -1)]
+        people = regression.predict_on_batch(temporal.predict_on_batch(features))
+        return np.column_stack([people, np.linalg.norm(features[:, -1], axis=1)])
 
     counts, lengths = compute_rows(count, (len(good), 2), cache).T
-    unfamiliar = lengths / float(spatial.get_layer("longest").scale) > UNFAMILIAR
+    unfamiliar = lengths > UNFAMILIAR * float(backbone.get_layer("longest").scale)
     table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=good)
     table = table.astype({"unfamiliar": "boolean"}).reindex(range(len(sources)))
     names = [getattr(source, "name", row) for row, source in enumerate(sources)]
@@ -837,21 +819,23 @@ def count_people(model, frames, cache=None):
 
 def count_folder():
     """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
-    outputs, model = at(OUTPUTS), at(OUTPUTS) / "ts_crowdnet.keras"
+    outputs = at(OUTPUTS)
+    model = outputs / "ts_crowdnet.keras"
     if not model.is_file():
         raise InputError(f"{model}: no such file; train a model first")
     sources = find_footage(at(COUNT))
-    cache = open_cache(outputs / "count_cache", (choose_precision(), FRAME_BATCH), [model, *sources])
-    table = count_people(model, sources, cache / "counts.npy")
+    key = (choose_precision(), FRAME_BATCH)
+    cache = open_cache(outputs / "count_cache", key, [model, *sources]) / "counts.npy"
+    table = count_people(model, sources, cache)
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
-    mean = table["count"].mean()
+    mean, unfamiliar = table["count"].mean(), table["unfamiliar"].sum()
     print(f"{len(table)} frames, {mean:.1f} people on average: {outputs / 'counts.csv'}")
-    if table["unfamiliar"].any():
-        print(f"{table['unfamiliar'].sum()} of them look like no training frame; doubt their counts.")
+    if unfamiliar:
+        print(f"{unfamiliar} of them look like no training frame; doubt their counts.")
     save_figures(outputs, lambda: draw_counts(table))
 
 
-# == Main =========================================================================================
+# == Main ====================================================================================
 def main():
     """Labels -> frames -> feature vectors -> network -> counts -> figures and numbers."""
     check_constants()
@@ -865,8 +849,7 @@ def main():
     paths = find_frames(ids)
     print(f"{n} frames: the first {n_train} train, the last {n - n_train} validate.")
     check_frames(paths)
-    check_sample(labels, paths)
-    outputs = at(OUTPUTS)
+    outputs, shape = at(OUTPUTS), (SEQUENCE_LENGTH, *FRAME_SIZE, 3)
 
     # Spatial: every frame and copy through the frozen ResNet50, once.
     frames = Frames(paths, FRAME_SIZE, n_train)
@@ -874,30 +857,36 @@ def main():
     trained_on = np.union1d(np.arange(n_train), frames.copy_of[:n_train])
     spatial = build_spatial(backbone, features, trained_on)
 
-    # Temporal and regression: trained on windows of the feature vectors.
+    # Temporal and regression: trained on windows of feature vectors, or of frames.
     keras.utils.set_random_seed(SEED)
-    temporal = build_temporal(features.shape[1])
+    basis = find_basis(features[trained_on])
+    temporal = build_temporal(basis.shape[1])
     regression = build_regression(counts[:n_train])
-    network = build_network((SEQUENCE_LENGTH, *FRAME_SIZE, 3), spatial, temporal, regression)
-    head = build_network((SEQUENCE_LENGTH, features.shape[1]), None, temporal, regression)
+    images = features @ basis
+    model = build_network((SEQUENCE_LENGTH, images.shape[1]), None, temporal, regression)
+    if not CACHE_FEATURES:
+        images = frames
+        model = build_network(shape, spatial, widen(temporal, basis), regression)
     windows = make_windows(ids, SEQUENCE_LENGTH)  # (N, T)
-    images = features if CACHE_FEATURES else frames
     training = WindowSequence(images, windows[:n_train], counts[:n_train], frames.copy_of)
     validation = WindowSequence(images, windows[n_train:], counts[n_train:])
-    history = train(head if CACHE_FEATURES else network, training, validation)
+    history = train(model, training, validation)
 
     # Evaluation: every frame's count, and the metrics of the validation frames.
-    predicted = head.predict(WindowSequence(features, windows, counts), verbose=0)[:, 0]
+    predicted = model.predict(WindowSequence(images, windows, counts), verbose=0)[:, 0]
+    if CACHE_FEATURES:
+        model = build_network(shape, spatial, widen(temporal, basis), regression)
     split = np.where(np.arange(n) < n_train, "train", "validation")
-    table = pd.DataFrame({"id": ids, "split": split, "true": counts.astype(int), "predicted": predicted})
+    table = pd.DataFrame({"id": ids, "split": split, "true": counts.astype(int)})
+    table["predicted"] = predicted
     run = {"weights": weights, "precision": choose_precision(), "features": features.shape[1]}
-    save_results(outputs, network, history, table, paths, run)
+    save_results(outputs, model, history, table, paths, run)
 
 
 def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    logging.getLogger("tensorflow").setLevel("ERROR")  # no warning when a new batch size is traced
+    logging.getLogger("tensorflow").setLevel("ERROR")  # no warning of a new batch size
     try:
         main()
     except InputError as error:

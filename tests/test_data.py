@@ -104,14 +104,11 @@ LABELS = {
     "plain": b"id,count\n1,5\n2,0\n3,7\n",
     "any order, other columns, unsorted": b"weather,count,id\nsun,7,3\nrain,5,1\n,0,2\n",
     "byte-order mark": b"\xef\xbb\xbfid,count\n1,5\n2,0\n3,7\n",
-    "UTF-16": "id,count\n1,5\n2,0\n3,7\n".encode("utf-16"),
     "Latin-1": "id,count,ort\n1,5,Caf\xe9\n2,0,a\n3,7,b\n".encode("latin-1"),
     "semicolons": b"id;count\n1;5\n2;0\n3;7\n",
     "tabs, spaces, capitals": b" ID\tCount \r\n1\t 5\r\n2\t0\r\n3\t7\r\n",
     "blank lines, whole floats": b"id,count\n1.0,5.0\n\n2,0\n3,7\n\n",
-    "leading blank lines": b"\r\n\n\nid,count\n1,5\n2,0\n3,7\n",
     "semicolons in a note of the header": b'id,count,"notes; of; the; day"\n1,5,a\n2,0,b\n3,7,c\n',
-    "commas in a note of the header": b'note, if any, of the day;count;id\n;5;1\n;0;2\n"a;b";7;3\n',
     "quoted names": b'"id","count"\n"1","5"\n2,0\n3,7\n',
 }
 

@@ -60,13 +60,6 @@ def zeros_from_the_middle(name):
     return prepare
 
 
-def sample_labels(folder):
-    """The sample's labels.csv beside 200 other frames."""
-    shutil.copy(Path(ts.__file__).with_name("labels.csv"), folder)
-    for frame in range(21, 201):
-        shutil.copy(folder / "frames/frames/seq_000001.jpg", folder / f"frames/frames/seq_{frame:06d}.jpg")
-
-
 def mat(**variables):
     file = io.BytesIO()
     scipy.io.savemat(file, variables)
@@ -85,8 +78,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "empty labels": (labels(""), {}, ["labels.csv", "id,count"]),
     "only a header": (labels("id,count\n"), {}, ["labels.csv", "no labels"]),
     "not CSV": (labels(bytes(range(256)) * 20), {}, ["labels.csv", "id,count"]),
-    "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv", "one column id and one column count"]),
-    "a column twice": (labels("id,count,Count\n1,2,3\n"), {}, ["labels.csv", "one column count"]),
+    "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv", "first line", "id,count"]),
+    "a column twice": (labels("id,count,Count\n1,2,3\n"), {}, ["labels.csv", "first line", "id,count"]),
     "non-numeric count": (labels("id,count\n1,2\n2,many\n"), {}, ["row 3", "count", "'many'"]),
     "fractional count": (labels("id,count\n1,2.5\n"), {}, ["row 2", "count", "'2.5'"]),
     "negative count": (labels("id,count\n1,2\n\n3,-4\n"), {}, ["row 4", "count", "'-4'"]),
@@ -98,12 +91,13 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "negative id": (labels("id,count\n-1,2\n"), {}, ["row 2", "id", "'-1'"]),
     "id a name": (labels("id,count\nseq_1,2\n"), {}, ["row 2", "id", "'seq_1'"]),
     "many bad rows": (labels("id,count\n1,a\n2,b\n3,c\n"), {}, ["row 2", "3 such rows"]),
-    "bad row after blank lines": (labels("\r\n\nid,count\n1,5\n2,b\n"), {}, ["row 5", "'b'"]),
-    "rows longer than the header": (labels("id,count\n1,5,6\n2,3,4\n"), {}, ["labels.csv", "row 2"]),
+    "bad row after blank lines": (labels("id,count\n\n\n1,5\n2,b\n"), {}, ["row 5", "'b'"]),
+    "a row longer than the others": (labels("id,count\n1,5\n2,3,4\n"), {}, ["labels.csv", "line 3"]),
+    "rows longer than the header": (labels("id,count\n1,5,6\n2,3,4\n"), {}, ["labels.csv", "more fields"]),
     "no .mat file": (None, MAT, ["mall_gt.mat", "no such file"]),
     ".mat without count": (mat(frame=np.zeros(3)), MAT, ["mall_gt.mat", "'count'"]),
     ".mat with text for count": (mat(count="many"), MAT, ["mall_gt.mat", "count"]),
-    ".mat with a negative count": (mat(count=np.array([3, -2])), MAT, ["mall_gt.mat", "entry 2"]),
+    ".mat with a negative count": (mat(count=np.array([3, -2])), MAT, ["mall_gt.mat", "row 2"]),
     "truncated .mat": (several(mat(count=np.arange(5000)), truncate("mall_gt.mat", 0.5)), MAT, ["mall_gt.mat", "no readable labels"]),
     "not MATLAB": (write("mall_gt.mat", b"id,count\n" * 99), MAT, ["mall_gt.mat", "no readable labels"]),
     "no frames folder": (remove("frames"), {}, ["frames", "20 of 20", "FRAMES"]),
@@ -133,7 +127,6 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "ids too high": (labels(numbered(f"{frame},3" for frame in range(101, 121))), {}, ["add -100 to"]),
     "two frames with a number": (write("frames/frames/img7.png", b""), {}, ["img7.png and seq_000007.jpg", "same number"]),
     "two videos": (lambda folder: shutil.copytree(folder / "frames/frames", folder / "frames", dirs_exist_ok=True), {}, ["frames/frames and ", "both hold"]),
-    "labels of the sample, other frames": (sample_labels, {}, ["labels.csv", "shipped sample", "LABELS"]),
     "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv", "too few", "TRAIN_FRACTION"]),
     "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["too few"]),
     "weight file missing": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "no such file"]),
@@ -143,8 +136,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "outputs is a file": (write("taken", b""), {"OUTPUTS": "taken"}, ["taken"]),
     "outputs below a file": (write("taken", b""), {"OUTPUTS": "taken/outputs"}, ["taken"]),
     "count without a model": (None, {"COUNT": "frames/frames", "OUTPUTS": "other"}, ["ts_crowdnet.keras", "train a model first"]),
-    "count in no folder": (None, {"COUNT": "footage"}, ["footage", "No such file"]),
-    "a folder where a result goes": (lambda folder: (folder / "outputs/history.csv").mkdir(parents=True), {}, ["history.csv", "folder", "rename"]),
+    "count in no folder": (None, {"COUNT": "footage"}, ["footage", "no frames to count"]),
     "count with a broken model": (None, {"COUNT": "frames/frames"}, ["ts_crowdnet.keras", "not written by this script"]),
 } | {
     f"{name} = {value!r}": (None, {name: value}, [f"{name} = "])

@@ -196,12 +196,8 @@ def test_bfloat16_counts_like_float32(finished, run, constants):
 def test_auto_takes_bfloat16_where_the_processor_has_units_for_it(constants, monkeypatch, flags, expected):
     constants(PRECISION="auto")
 
-    def read_text(path):
-        if flags is None:
-            raise FileNotFoundError(path)
-        return flags
-
-    monkeypatch.setattr(ts.Path, "read_text", read_text)
+    monkeypatch.setattr(ts.Path, "exists", lambda path: flags is not None)
+    monkeypatch.setattr(ts.Path, "read_text", lambda path: flags)
     assert ts.choose_precision() == expected
     constants(PRECISION="bfloat16")
     assert ts.choose_precision() == "bfloat16"
