@@ -1,11 +1,15 @@
 """A tiny video of a fixed camera, and the script's main() run on it in this process."""
 
+import functools
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"
@@ -22,6 +26,8 @@ from PIL import Image
 import tscrowdnet_train as ts
 
 RESNET50 = keras.applications.ResNet50
+COMPILE = keras.Model.compile
+SCRIPT = Path(ts.__file__)
 TINY = {
     "FRAME_SIZE": (48, 64),
     "WEIGHTS": None,
@@ -43,14 +49,19 @@ def pytest_configure(config):
 
 
 def shallow_resnet50(include_top, weights, input_shape):
-    """The first 11 layers of ResNet50, as random as the whole: a second less to build for each run of the script."""
-    if weights is not None:
-        return RESNET50(include_top=include_top, weights=weights, input_shape=input_shape)
+    """The first 11 layers of ResNet50, built and loaded by Keras's own code: a second less for each run of the script."""
 
     def first_block(x):
         return resnet.stack_residual_blocks_v1(x, 64, 1, stride1=1, name="conv2")
 
-    return resnet.ResNet(first_block, False, True, name="resnet50", include_top=False, weights=None, input_shape=input_shape)
+    names = {"name": "resnet50", "weights_name": "resnet50"}
+    return resnet.ResNet(first_block, False, True, include_top=include_top, weights=weights, input_shape=input_shape, **names)
+
+
+def shrink(setattr):
+    """What makes runs in this process short: a shallow ResNet50, and training without tf.function, whose tracing takes 2 s."""
+    setattr(keras.applications, "ResNet50", shallow_resnet50)
+    setattr(keras.Model, "compile", functools.partialmethod(COMPILE, run_eagerly=True))
 
 
 def make_video(folder, frames=20, size=(64, 48), seed=0):
@@ -108,7 +119,7 @@ def constants(video, monkeypatch, request):
             monkeypatch.setattr(ts, name, value)
 
     monkeypatch.setattr(ts, "ROOT", video)
-    monkeypatch.setattr(keras.applications, "ResNet50", shallow_resnet50)
+    shrink(monkeypatch.setattr)
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(ts, "save_figures", lambda *_: None)
     change()
@@ -140,7 +151,7 @@ def first_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (TINY | {"ROOT": folder}).items():
             patch.setattr(ts, name, value)
-        patch.setattr(keras.applications, "ResNet50", shallow_resnet50)
+        shrink(patch.setattr)
         start = time.monotonic()
         ts.main()
     (folder / "seconds").write_text(str(time.monotonic() - start))
@@ -153,3 +164,55 @@ def finished(first_run, video, constants):
     shutil.rmtree(video)
     shutil.copytree(first_run, video)  # times too: the features there are still those of the frames
     return video
+
+
+def edited_copy(folder, **constants):
+    """The script copied into folder with constants edited at its top, as a user would."""
+    text = SCRIPT.read_text()
+    for name, value in constants.items():
+        text, found = re.subn(rf"^{name} = (\{{[^}}]*\}}|.*$)", lambda _: f"{name} = {value!r}", text, flags=re.MULTILINE)
+        assert found == 1, name
+    (folder / SCRIPT.name).write_text(text)
+    return folder / SCRIPT.name
+
+
+def start(arguments, cwd, **environment):
+    environment = os.environ | environment
+    for screen in ("DISPLAY", "WAYLAND_DISPLAY"):
+        environment.pop(screen, None)
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes(request, first_run, tmp_path_factory):
+    """{test: (its folder, its process, to be waited for)}: one after another beside all other tests, for those tests of
+    test_script.py that were asked for."""
+    user, bad, killed = (make_video(tmp_path_factory.mktemp(name)) for name in ("user", "bad", "killed"))
+    (bad / "labels.csv").unlink()
+    alone = tmp_path_factory.mktemp("alone")
+    shutil.copy(SCRIPT, alone)
+    code = "import os, signal; before = os.fstat(2); import tscrowdnet_train as ts; "
+    code += "print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler, os.fstat(2) == before)"
+    killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
+    notebook = {"MPLBACKEND": "module://of.a.notebook"}
+    runs = {
+        "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)], notebook),
+        "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, killed_runs),
+        "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),
+        "test_importing_does_nothing": (alone, ["-B", "-c", code]),
+    }
+    chosen = {item.name for item in request.session.items}
+    with ThreadPoolExecutor(1) as pool:
+        yield {
+            test: (folder, pool.submit(start, arguments, alone, **dict(*environment)))
+            for test, (folder, arguments, *environment) in runs.items()
+            if test in chosen
+        }
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture
+def beside(request, processes):
+    """Waits for the process of a test: its folder, and what became of it."""
+    folder, run = processes[request.node.name]
+    return lambda: (folder, run.result())

@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import TINY, check_whole, shallow_resnet50, ts
+from conftest import TINY, check_whole, shrink, ts
 
 for name, value in TINY.items():
     setattr(ts, name, value)
 ts.ROOT = Path(sys.argv[1])
-ts.keras.applications.ResNet50 = shallow_resnet50
+shrink(setattr)
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the script does
 moments = random.Random(3)
 signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"]

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -19,65 +18,14 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import TINY, check_whole, make_video, results
+from conftest import SCRIPT, TINY, check_whole, edited_copy, results, start
 
-SCRIPT = Path(ts.__file__)
 FIGURES = {f"{name}.{kind}" for name in ("loss", "predictions", "examples") for kind in ("png", "pdf")}
 RESULTS = FIGURES | {"ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json"}
 
 
-def edited_copy(folder, **constants):
-    """The script copied into folder with constants edited at its top, as a user would."""
-    text = SCRIPT.read_text()
-    for name, value in constants.items():
-        text, found = re.subn(rf"^{name} = (\{{[^}}]*\}}|.*$)", lambda _: f"{name} = {value!r}", text, flags=re.MULTILINE)
-        assert found == 1, name
-    (folder / SCRIPT.name).write_text(text)
-    return folder / SCRIPT.name
-
-
-def start(arguments, cwd, **environment):
-    environment = os.environ | {"MPLBACKEND": "agg"} | environment
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def processes(request, first_run, tmp_path_factory):
-    """{test: (its folder, its process, to be waited for)}: one after another beside the tests of this module, for
-    those of the tests at its end that were asked for."""
-    user, bad, killed, backend = (make_video(tmp_path_factory.mktemp(name)) for name in ("user", "bad", "killed", "backend"))
-    (bad / "labels.csv").unlink()
-    alone = tmp_path_factory.mktemp("alone")
-    shutil.copy(SCRIPT, alone)
-    code = "import os, signal; before = os.fstat(2); import tscrowdnet_train as ts; "
-    code += "print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler, os.fstat(2) == before)"
-    killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
-    runs = {
-        "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)]),
-        "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, killed_runs),
-        "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),
-        "test_importing_does_nothing": (alone, ["-B", "-c", code]),
-        "test_an_unknown_back_end_is_replaced": (backend, [edited_copy(backend, **TINY)], {"MPLBACKEND": "module://of.a.notebook"}),
-    }
-    chosen = {item.name for item in request.session.items}
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            test: (folder, pool.submit(start, arguments, alone, **dict(*environment)))
-            for test, (folder, arguments, *environment) in runs.items()
-            if test in chosen
-        }
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture
-def beside(request, processes):
-    """Waits for the process of a test: its folder, and what became of it."""
-    folder, run = processes[request.node.name]
-    return lambda: (folder, run.result())
-
-
 def test_a_user_runs_the_script(beside):
-    """From another folder."""
+    """From another folder, with the MPLBACKEND of a notebook, which does not exist here."""
     folder, done = beside()
     assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
     outputs = folder / "outputs"
@@ -168,7 +116,7 @@ def stop(*_, **__):
 def test_features_are_used_again_only_where_nothing_changed(finished, constants, monkeypatch):
     cache = finished / "outputs" / "feature_cache"
     computed = []
-    compute_rows, set_random_seed = ts.compute_rows, keras.utils.set_random_seed
+    set_random_seed = keras.utils.set_random_seed
     monkeypatch.setattr(keras.utils, "set_random_seed", lambda _: set_random_seed(0))  # as trained weights: SEED does not change them
 
     def features(**changes):
@@ -176,7 +124,7 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
         constants(**{"SEED": 0, "AUGMENT": 0.25, "TRAIN_FRACTION": 0.8} | changes)
         computed.clear()
         monkeypatch.setattr(ts, "build_spatial", stop)
-        monkeypatch.setattr(ts, "compute_rows", lambda compute, *others: compute_rows(lambda rows: computed.append(1) or compute(rows), *others))
+        monkeypatch.setattr(ts, "read_features", lambda model, _, rows: computed.append(1) or np.zeros((len(rows), model.output_shape[1])))
         with pytest.raises(KeyboardInterrupt):
             ts.main()
         (folder,) = cache.iterdir()  # one alone: those of before are gone
@@ -307,13 +255,11 @@ def test_figures_are_shown_where_there_is_a_screen_when_they_are_saved(tmp_path,
     assert seen == [{"one.png", "one.pdf"}] * shown
 
 
-def test_a_folder_in_the_place_of_a_figure_costs_only_the_figures(finished, run, capsys, figures):
-    (finished / "outputs" / "loss.png").unlink()
-    (finished / "outputs" / "loss.png").mkdir()
-    (finished / "outputs" / "metrics.json").unlink()
-    metrics, _ = run()
+def test_a_folder_in_the_place_of_a_figure_is_one_warning(tmp_path, capsys):
+    (tmp_path / "one.png").mkdir()
+    ts.save_figures(tmp_path, lambda: {"one": ts.plt.figure()})
     warning = capsys.readouterr().err
-    assert metrics["mae"] > 0 and "loss.png" in warning and warning.count("\n") == 1
+    assert "one.png" in warning and warning.count("\n") == 1
 
 
 def test_settings_reach_the_report_as_they_were_written(finished, run):
@@ -337,12 +283,6 @@ def test_one_line_and_exit_status_1(beside):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
     assert not (folder / "outputs").exists()
-
-
-def test_an_unknown_back_end_is_replaced(beside):
-    """MPLBACKEND as a notebook leaves it to the programs that it starts."""
-    folder, done = beside()
-    assert done.returncode == 0 and done.stderr == "" and FIGURES <= {path.name for path in (folder / "outputs").iterdir()}
 
 
 @pytest.mark.parametrize(
