@@ -33,6 +33,7 @@ import signal
 import sys
 import warnings
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral, Real
 from pathlib import Path
@@ -112,6 +113,7 @@ COUNT = None  # a folder of new frames to count with the model in OUTPUTS, witho
 UNFAMILIAR = 1.05  # mark frames farther from the mean than this x the farthest trained on
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+SAMPLE_LABELS = 2810785431  # zlib.crc32 of the labels.csv that ships with the sample
 
 
 class InputError(ValueError):
@@ -254,7 +256,7 @@ def find_frames(ids):
         problem = f"{len(missing)} of {len(ids)} labelled frames missing: {shorten(str(missing), 60)}"
         raise InputError(f"{folder}: {problem}; add them, or correct FRAMES or LABELS")
     if len(frames) > len(ids):
-        print(f"{len(frames) - len(ids)} frames have no label and are ignored; is {LABELS} theirs?")
+        print(f"{len(frames) - len(ids)} frames have no label and are ignored.")
     return [frames[frame] for frame in ids]
 
 
@@ -304,6 +306,8 @@ def check_frames(paths):
         print(f"{FRAME_SIZE = } distorts frames of {width}x{height}; {better} would not.")
     if b"synthetic mall sample" in paths[0].read_bytes():
         print("They are rendered, not real people; the README says how to use Mall instead.")
+    elif zlib.crc32(at(LABELS).read_bytes()) == SAMPLE_LABELS:
+        raise InputError(f"{at(LABELS)}: labels of the sample, not of these frames; set LABELS")
 
 
 def jitter(image, rng):

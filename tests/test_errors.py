@@ -60,6 +60,13 @@ def zeros_from_the_middle(name):
     return prepare
 
 
+def sample_labels(folder):
+    """The sample's labels.csv beside 200 other frames."""
+    shutil.copy(Path(ts.__file__).with_name("labels.csv"), folder)
+    for frame in range(21, 201):
+        shutil.copy(folder / "frames/frames/seq_000001.jpg", folder / f"frames/frames/seq_{frame:06d}.jpg")
+
+
 def mat(**variables):
     file = io.BytesIO()
     scipy.io.savemat(file, variables)
@@ -127,6 +134,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "ids too high": (labels(numbered(f"{frame},3" for frame in range(101, 121))), {}, ["add -100 to"]),
     "two frames with a number": (write("frames/frames/img7.png", b""), {}, ["img7.png and seq_000007.jpg", "same number"]),
     "two videos": (lambda folder: shutil.copytree(folder / "frames/frames", folder / "frames", dirs_exist_ok=True), {}, ["frames/frames and ", "both hold"]),
+    "labels of the sample, other frames": (sample_labels, {}, ["labels.csv", "labels of the sample", "LABELS"]),
     "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv", "too few", "TRAIN_FRACTION"]),
     "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["too few"]),
     "weight file missing": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "no such file"]),
