@@ -191,8 +191,8 @@ def processes(request, first_run, tmp_path_factory):
     (bad / "labels.csv").unlink()
     alone = tmp_path_factory.mktemp("alone")
     shutil.copy(SCRIPT, alone)
-    code = "import os, signal; before = os.fstat(2); import tscrowdnet_train as ts; "
-    code += "print(ts.EPOCHS, signal.getsignal(2) is signal.default_int_handler, os.fstat(2) == before)"
+    code = "import os, signal; before = signal.getsignal(2), os.fstat(2); import tscrowdnet_train as ts; "
+    code += "print(ts.EPOCHS, (signal.getsignal(2), os.fstat(2)) == before)"
     killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
     notebook = {"MPLBACKEND": "module://of.a.notebook"}
     runs = {

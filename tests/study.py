@@ -75,8 +75,11 @@ def predict(features, counts, ids, train, tests):
     copy_of[copied] = n + copied
     known = features.copy()
     raw = keras.Input(known.shape[1:])
-    spatial = ts.build_spatial(keras.Model(raw, raw), known, np.union1d(train, copy_of[train]))
+    trained_on = np.union1d(train, copy_of[train])
+    spatial = ts.build_spatial(keras.Model(raw, raw), known, trained_on)
     keras.utils.set_random_seed(ts.SEED)
+    basis = ts.find_basis(known[trained_on])
+    known = known @ basis
     shape = (ts.SEQUENCE_LENGTH, known.shape[1])
     head = ts.build_network(shape, None, ts.build_temporal(shape[1]), ts.build_regression(counts[train]))
     windows = ts.make_windows(ids, ts.SEQUENCE_LENGTH)
@@ -84,7 +87,7 @@ def predict(features, counts, ids, train, tests):
     ts.train(head, training, ts.WindowSequence(known, windows[:1], counts[:1]))
     counted = []
     for test in tests:
-        test = spatial.predict(test, verbose=0)
+        test = spatial.predict(test, verbose=0) @ basis
         windows = ts.make_windows(np.arange(len(test)), ts.SEQUENCE_LENGTH)
         sequence = ts.WindowSequence(test, windows, np.zeros(len(test)))
         counted.append(head.predict(sequence, verbose=0)[:, 0])
