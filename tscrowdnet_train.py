@@ -20,7 +20,6 @@ WindowSequence feeds windows of them (BATCH_SIZE, T, ...) to stages 2 and 3, whi
 """
 
 import faulthandler
-import functools
 import hashlib
 import io
 import json
@@ -631,11 +630,8 @@ def extract_features(frames, n_train, cache):
     print(f"ResNet50, weights: {weights}, {precision}, reads {n} frames and {len(frames) - n}",
           f"copies; {shape[1]:,} numbers each from {', '.join(grids)}:")  # fmt: skip
     set_precision(backbone, precision)
-    try:
-        read = functools.partial(read_features, backbone, frames)
-        features = compute_rows(read, shape, path)
-    finally:
-        set_precision(backbone, "float32")
+    features = compute_rows(lambda rows: read_features(backbone, frames, rows), shape, path)
+    set_precision(backbone, "float32")  # that of the saved model
     return backbone, features, weights
 
 
@@ -720,10 +716,8 @@ def save_figures(folder, draw):
     """Saves what draw() returns, {name: figure}, and shows it where there is a screen."""
     try:
         sns.set_theme(context="paper", style="ticks", palette="colorblind", rc={"savefig.dpi": 200})
-        figures = draw()
-        kinds = ("png", "pdf")
-        files = {f"{name}.{kind}": figures[name].savefig for name in figures for kind in kinds}
-        write_files(folder, files)
+        for name, figure in draw().items():
+            write_files(folder, {f"{name}.png": figure.savefig, f"{name}.pdf": figure.savefig})
         if plt.get_backend().lower() != "agg":
             plt.show()
         plt.close("all")
@@ -752,8 +746,8 @@ def save_results(outputs, model, history, table, paths, run):
     })  # fmt: skip
     title = f"Validation frames: {describe(metrics)}\nThe mean count: {describe(baseline)}"
     print(f"\n{title}\nResNet50 weights: {run['weights']}. Results: {outputs}")
-    draw = functools.partial(draw_figures, history, validation, baseline, paths[n_train:], title)
-    save_figures(outputs, draw)
+    paths = paths[n_train:]
+    save_figures(outputs, lambda: draw_figures(history, validation, baseline, paths, title))
 
 
 # == Counting new footage ====================================================================
