@@ -23,16 +23,15 @@ import faulthandler
 import hashlib
 import io
 import json
-import logging
 import math
 import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import warnings
 import zipfile
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from numbers import Integral, Real
 from pathlib import Path
@@ -41,11 +40,11 @@ from textwrap import shorten
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     stderr = os.dup(2)
-    faulthandler.enable(stderr)  # a crash while importing is told, TensorFlow's greeting is not
+    faulthandler.enable(stderr)  # a crash is still told, TensorFlow's greeting is not
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if os.environ.get("MPLBACKEND", "").lower() != "agg":
-        os.environ.pop("MPLBACKEND", None)  # one that is not installed would stop the import
+        os.environ.pop("MPLBACKEND", None)  # a notebook's may not exist here
 try:
     import keras
     import matplotlib.pyplot as plt
@@ -58,7 +57,6 @@ try:
     from keras import layers, ops
     from matplotlib.ticker import LogLocator
     from PIL import Image, ImageEnhance, ImageOps  # Pillow comes with matplotlib
-    from sklearn.metrics import mean_absolute_error, mean_squared_error
     from sklearn.preprocessing import StandardScaler
 except ModuleNotFoundError as error:
     sys.exit(f"Error: {error}: pip install -r requirements.txt, with Python 3.10 to 3.13")
@@ -94,7 +92,7 @@ CACHE_FEATURES = True  # False: frames pass ResNet50 in every epoch; slower, no 
 PROJECTION = 32  # numbers of each feature vector that the LSTM sees; 0: all, as published
 LSTM_UNITS = 64  # more for longer windows
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training; 0.5 as published
-FORGET_BIAS = -2.0  # of its forget gate; higher: earlier frames weigh more (Keras: 1)
+FORGET_BIAS = -2.0  # where its forget gate starts; higher: earlier frames weigh more (Keras: 1)
 
 # -- Regression stage and training -----------------------------------------------------------
 DENSE_UNITS = 64  # of the layer between the LSTM and the count
@@ -109,10 +107,10 @@ SEED = 0  # another seed, another model: publish mean and standard deviation ove
 # -- Evaluation and use ----------------------------------------------------------------------
 TOLERANCE = 0.20  # counts within this share of the truth are accurate; 0.20 as published
 COUNT = None  # a folder of new frames to count with the model in OUTPUTS, without training
-UNFAMILIAR = 1.05  # mark frames farther from the mean than this x the farthest trained on
+UNFAMILIAR = 1.05  # mark frames whose feature vector is longer than this x the longest trained on
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-SAMPLE_LABELS = 2810785431  # zlib.crc32 of the labels.csv that ships with the sample
+SAMPLE_LABELS = "78609c47c0093b7d9b7a8d3baa543fd5"  # MD5 of its labels.csv
 
 
 class InputError(ValueError):
@@ -136,7 +134,7 @@ def check_constants():
         return lambda value: isinstance(value, kind) and low <= value <= high
 
     def is_pair(value, low=1):
-        return np.shape(value) == (2,) and min(value) >= low
+        return np.shape(value) == (2,) and all(map(between(low, 10**5, Integral), value))
 
     def is_grids(value):
         return isinstance(value, dict) and value and all(map(is_pair, value.values()))
@@ -165,58 +163,72 @@ def check_constants():
 
 # == Files in OUTPUTS: whole or absent, whenever a run is cut short ==========================
 def write_files(folder, writers):
-    """Writes files {name: write(path)} under names of this process's own, then renames them:
-    none is ever half written, or by two runs."""
-    new = {name: folder / f".new-{os.getpid()}-{name}" for name in writers}
-    for name, write in writers.items():
-        write(new[name])
-        with new[name].open("r+b") as file:
-            os.fsync(file.fileno())
-    for name in writers:
-        os.replace(new[name], folder / name)
+    """Writes files {name: write(path)} elsewhere, then moves them into folder: none is ever half
+    written, or by two runs."""
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+        for name, write in writers.items():
+            write(Path(new, name))
+            with open(Path(new, name), "r+b") as file:
+                os.fsync(file.fileno())
+        for name in writers:
+            os.replace(Path(new, name), folder / name)
 
 
-def open_cache(folder, key, files):
-    """A folder in folder for what depends on this key and these files; all else there goes."""
+def open_cache(folder, key, files, shape):
+    """The array on disk for this key and these files, float32, NaN where nothing is computed yet.
+    All else in folder goes."""
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.blake2b(repr((key, states)).encode(), digest_size=8).hexdigest()
-    if not (folder / digest).exists():
+    digest = hashlib.blake2b(repr((key, shape, states)).encode(), digest_size=8).hexdigest()
+    path = folder / f"{digest}.npy"
+    try:
+        np.load(path, mmap_mode="r")  # "r+" would fill up a cut file with zeros
+    except (OSError, EOFError, ValueError):  # not there yet, or damaged
         shutil.rmtree(folder, ignore_errors=True)
-        (folder / digest).mkdir(parents=True)
-    return folder / digest
+        folder.mkdir(parents=True, exist_ok=True)
+        empty = np.full(shape, np.nan, "float32")
+        write_files(folder, {path.name: lambda new: np.save(new, empty)})
+    return np.lib.format.open_memmap(path, "r+")
+
+
+def fill_rows(array, compute):
+    """Fills the rows of array (rows, numbers) that are NaN by compute(rows), some at a time: an
+    interrupted run goes on where it was. Returns a copy in memory."""
+    bar = keras.utils.Progbar(len(array), unit_name="frame", verbose=len(array) > 64)
+    step = 8 * FRAME_BATCH
+    for rows in np.split(np.arange(len(array)), range(step, len(array), step)):
+        if np.isnan(array[rows]).any():
+            array[rows] = compute(rows)
+        bar.add(len(rows))
+    return np.array(array)
 
 
 # == Data ====================================================================================
 def read_labels(path):
     """Reads the people counts from a CSV with columns id and count, or Mall's mall_gt.mat.
     Returns a float Series of counts indexed by frame id, ascending. Raises InputError."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; set LABELS to your labels.csv or mall_gt.mat")
     try:
         if path.suffix.lower() == ".mat":
-            counts = np.ravel(scipy.io.loadmat(path, variable_names=["count"])["count"])
+            counts = np.ravel(scipy.io.loadmat(str(path), variable_names=["count"])["count"])
             table = pd.DataFrame({"id": range(1, len(counts) + 1), "count": counts}, dtype=str)
             table.index += 1
         else:
-            text = path.read_text("utf-8-sig", errors="replace")
-            text = text.replace(";", ",").replace("\t", ",")
+            text = re.sub("[;\t]", ",", path.read_text("utf-8-sig", errors="replace"))
             table = pd.read_csv(io.StringIO(text), dtype=str, skip_blank_lines=False)
             if not isinstance(table.index, pd.RangeIndex):
                 raise ValueError("rows have more fields than the header")
             table.columns = table.columns.str.strip().str.lower()
             table.index += 2
-        table = table[["id", "count"]].set_axis(["id", "count"], axis=1).dropna(how="all")
+        table = table[["id", "count"]].dropna(how="all")
+        table.columns = ["id", "count"]  # fails for a column that is there twice
     except Exception as error:  # SciPy and pandas raise many kinds for a damaged file
-        problem = f"no readable labels ({shorten(str(error), 150)})"
-        raise InputError(f"{path}: {problem}; its first line must be id,count") from None
-    if table.empty:
-        raise InputError(f"{path}: no labels; give one row id,count for each frame")
+        remedy = "set LABELS to a CSV whose first line is id,count, or to mall_gt.mat"
+        raise InputError(f"{path}: {remedy} ({shorten(str(error), 150)})") from None
     values = table.apply(pd.to_numeric, errors="coerce").astype(float)
     is_bad = ~(values.ge(0) & values.le([10**9, 10**6]) & values.mod(1).eq(0))  # (rows, 2)
     is_bad["id"] |= values["id"].duplicated()
     if is_bad.any(axis=None):
         row, column = is_bad.stack().idxmax()
-        problem = f"{column} {table.loc[row, column]!r} is not a whole number, or there twice"
+        problem = f"{column} {table.loc[row, column]!r} is no whole number, or there twice"
         total = is_bad.any(axis=1).sum()
         raise InputError(f"{path}, row {row}: {problem} ({total} such rows); correct it")
     return values.astype({"id": int}).set_index("id")["count"].sort_index()
@@ -231,32 +243,31 @@ def list_pictures(folder):
 def find_frames(ids):
     """The labelled frames, N paths, by the last number in their names: in FRAMES or, as in
     Mall's own archive, its parent. Raises InputError."""
-    ids = [int(frame) for frame in ids]
-    wanted = set(ids)
-    folders = {at(FRAMES): {}, at(FRAMES).parent: {}}  # {folder: {number: path}}
-    for folder, frames in folders.items():
+    ids = list(map(int, ids))
+    folders = {at(FRAMES): {}, at(FRAMES).parent: {}}  # {folder: {number: paths}}
+    for folder, numbered in folders.items():
         for path in list_pictures(folder):
-            for number in map(int, re.findall(r"\d+", path.stem)[-1:]):
-                other = frames.setdefault(number, path)
-                if other != path and number in wanted:
-                    names = f"{other.name} and {path.name}"
-                    raise InputError(f"{folder}: {names} have the same number; move one away")
-    if all(frames.keys() >= wanted for frames in folders.values()):
+            if number := re.search(r"(\d+)\D*$", path.stem):
+                numbered.setdefault(int(number[1]), []).append(path)
+    if all(numbered.keys() >= set(ids) for numbered in folders.values()):
         names = " and ".join(map(str, folders))
         raise InputError(f"{names} both hold a frame for every label; move one video away")
-    folder = max(folders, key=lambda folder: len(folders[folder].keys() & wanted))
-    frames = folders[folder]
-    missing = [frame for frame in ids if frame not in frames]
-    shift = min(frames, default=0) - min(ids)
-    if missing and all(frame + shift in frames for frame in ids):
-        problem = f"ids from {min(ids)}, but frames from {min(frames)}"
-        raise InputError(f"{at(LABELS)}: {problem}; add {shift} to each id")
+    folder, numbered = max(folders.items(), key=lambda item: len(item[1].keys() & set(ids)))
+    missing = [frame for frame in ids if frame not in numbered]
     if missing:
-        problem = f"{len(missing)} of {len(ids)} labelled frames missing: {shorten(str(missing), 60)}"
-        raise InputError(f"{folder}: {problem}; add them, or correct FRAMES or LABELS")
-    if len(frames) > len(ids):
-        print(f"{len(frames) - len(ids)} frames have no label and are ignored.")
-    return [frames[frame] for frame in ids]
+        problem = f"{len(missing)} of {len(ids)} labelled frames missing"
+        remedy = f"add {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
+        shift = min(numbered, default=0) - min(ids)
+        if all(frame + shift in numbered for frame in ids):
+            remedy = f"ids from {min(ids)}, frames from {min(numbered)}: add {shift} to {LABELS}'s ids"
+        raise InputError(f"{folder}: {problem}; {remedy}")
+    for frame in ids:
+        if len(numbered[frame]) > 1:
+            names = " and ".join(path.name for path in numbered[frame])
+            raise InputError(f"{folder}: {names} have the same number; move one away")
+    if len(numbered) > len(ids):
+        print(f"{len(numbered) - len(ids)} frames have no label and are ignored.")
+    return [numbered[frame][0] for frame in ids]
 
 
 def read_image(source):
@@ -268,7 +279,7 @@ def read_image(source):
         image = Image.fromarray(source)
     else:
         data = source.read_bytes()
-        if data.startswith(b"\xff\xd8"):  # a JPEG: zeros at its end were never written
+        if data.startswith(b"\xff\xd8"):  # a JPEG: zeros at its end are space never written
             data = data.rstrip(b"\0")
         image = Image.open(io.BytesIO(data))
     if image.mode[0] in "IF":
@@ -277,7 +288,7 @@ def read_image(source):
 
 
 def find_damage(sources):
-    """Which sources read_image can read (N,) bool, and a line about the others."""
+    """The rows of the sources that read_image can read, and a line about the others."""
 
     def find_problem(source):
         try:
@@ -288,15 +299,15 @@ def find_damage(sources):
 
     with ThreadPoolExecutor() as pool:
         problems = list(pool.map(find_problem, sources))
-    damaged = list(filter(None, problems))
-    line = f"{len(damaged)} of {len(sources)} frames cannot be read: "
-    return pd.isna(np.array(problems, object)), line + shorten("; ".join(damaged), 200)
+    good = [row for row, problem in enumerate(problems) if not problem]
+    line = f"{len(sources) - len(good)} of {len(sources)} frames cannot be read: "
+    return good, line + shorten("; ".join(filter(None, problems)), 200)
 
 
 def check_frames(paths):
     """Raises InputError for frames that cannot be used; prints what else is odd about them."""
-    is_good, line = find_damage(paths)
-    if not is_good.all():
+    good, line = find_damage(paths)
+    if len(good) < len(paths):
         raise InputError(f"{at(FRAMES)}: {line}; replace them")
     width, height = read_image(paths[0]).size
     if not 0.9 < FRAME_SIZE[0] / FRAME_SIZE[1] * width / height < 1.1:
@@ -305,7 +316,7 @@ def check_frames(paths):
         print(f"{FRAME_SIZE = } distorts frames of {width}x{height}; {better} would not.")
     if b"synthetic mall sample" in paths[0].read_bytes():
         print("They are rendered, not real people; the README says how to use Mall instead.")
-    elif zlib.crc32(at(LABELS).read_bytes()) == SAMPLE_LABELS:
+    elif hashlib.md5(at(LABELS).read_bytes()).hexdigest() == SAMPLE_LABELS:
         raise InputError(f"{at(LABELS)}: labels of the sample, not of these frames; set LABELS")
 
 
@@ -315,7 +326,7 @@ def jitter(image, rng):
     zoom = rng.uniform(0.97, 1.03)
     left, top = rng.uniform(-0.02, 0.02, 2) * image.width + np.array(image.size) * (1 - zoom) / 2
     matrix = (zoom, 0, left, 0, zoom, top)
-    image = image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    image = image.transform(image.size, Image.AFFINE, matrix, Image.BILINEAR)
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(rng.uniform(0.85, 1.15))
     red, green, blue = rng.uniform(0.95, 1.05, 3)
@@ -329,25 +340,26 @@ class Frames:
     without one."""
 
     def __init__(self, sources, size, n_train=0):
-        copied = np.arange(0, n_train, 1 / AUGMENT).astype(int) if AUGMENT else []
+        share = round(n_train * AUGMENT)
+        copied = np.linspace(0, n_train, share, endpoint=False).astype(int)
         self.sources = [*sources, *(sources[row] for row in copied)]
         self.size = size
         self.copy_of = np.arange(len(sources))
-        self.copy_of[list(copied)] = np.arange(len(sources), len(self.sources))
+        self.copy_of[copied] = np.arange(len(sources), len(self.sources))
 
     def __len__(self):
         return len(self.sources)
 
     def __getitem__(self, rows):
-        distinct, places = np.unique(rows, return_inverse=True)  # windows share frames
+        distinct = np.unique(rows)  # windows share frames
         with ThreadPoolExecutor() as pool:
             pictures = np.stack(list(pool.map(self.load, distinct)))
-        return pictures[places.reshape(np.shape(rows))]
+        return pictures[np.searchsorted(distinct, rows)]
 
     def load(self, row):
         image = read_image(self.sources[row])
-        image = image.resize(self.size[::-1], Image.Resampling.BILINEAR)
-        if row >= len(self.copy_of):
+        image = image.resize(self.size[::-1], Image.BILINEAR)
+        if row >= len(self.copy_of):  # a copy
             image = jitter(image, np.random.default_rng((SEED, row)))
         return np.asarray(image)
 
@@ -363,8 +375,8 @@ def make_windows(ids, length):
 
 class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames to Keras.
-    images: Frames, or an array of their features. windows: rows (K, T), as from make_windows.
-    counts: people in the last frame of each window (K,). copy_of: for training, that of Frames;
+    images: Frames, or an array of their features. windows: rows (M, T), as from make_windows.
+    counts: people in the last frame of each window (M,). copy_of: for training, that of Frames;
     every epoch then shuffles the windows, and shows half of them in copies, where there are
     some."""
 
@@ -450,20 +462,20 @@ def fold_batchnorm(resnet):
     """The same network, faster: each convolution, ..._conv, also does the work of the BatchNorm
     after it, ..._bn. Jacob et al., "Quantization and training of neural networks for efficient
     integer-arithmetic-only inference", CVPR 2018."""
-    norms = [layer for layer in resnet.layers if isinstance(layer, layers.BatchNormalization)]
 
     def skip_norm(layer, x, **options):
         return x if isinstance(layer, layers.BatchNormalization) else layer(x, **options)
 
     folded = keras.models.clone_model(resnet, call_function=skip_norm)
-    others = [layer for layer in resnet.layers if layer not in norms]
-    folded.set_weights([array for layer in others for array in layer.get_weights()])
-    for norm in norms:
-        convolution = folded.get_layer(norm.name.removesuffix("bn") + "conv")
-        kernel, bias = convolution.get_weights()
-        gamma, beta, mean, variance = norm.get_weights()
-        gain = gamma / np.sqrt(variance + norm.epsilon)
-        convolution.set_weights([kernel * gain, (bias - mean) * gain + beta])
+    for layer in resnet.layers:  # a convolution comes before its BatchNorm
+        if isinstance(layer, layers.BatchNormalization):
+            convolution = folded.get_layer(layer.name.removesuffix("bn") + "conv")
+            kernel, bias = convolution.get_weights()
+            gamma, beta, mean, variance = layer.get_weights()
+            gain = gamma / np.sqrt(variance + layer.epsilon)
+            convolution.set_weights([kernel * gain, (bias - mean) * gain + beta])
+        elif layer.weights:
+            folded.get_layer(layer.name).set_weights(layer.get_weights())
     return folded
 
 
@@ -471,7 +483,7 @@ def build_backbone(resnet, grids):
     """ResNet50 read at the layers of grids: a frame (H, W, 3) uint8 -> features (F,). Each
     layer, (h, w, C), is summarised over the cells of its grid: mean and standard deviation."""
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    maps = keras.tree.flatten(fold_batchnorm(resnet)(normalise(frame)))
+    maps = keras.tree.flatten(fold_batchnorm(resnet)(normalise(frame)))  # one comes bare
     features = []
     for x, (rows, columns) in zip(maps, grids.values()):
         x = ops.cast(x, "float32")  # (h, w, C)
@@ -487,7 +499,7 @@ def build_backbone(resnet, grids):
 
 def build_spatial(backbone, features, trained_on):
     """Stage 1, for one frame: (H, W, 3) uint8 -> its feature vector (F,), standardised by the
-    training images, whose mean squared length is 1. Does the same to features (rows, F), in
+    training images, whose mean squared length is 1. Also standardises features (N + C, F), in
     place. trained_on: rows of the training images. The layer "longest" keeps their greatest
     length for count_people."""
     scaler = StandardScaler().fit(features[trained_on])
@@ -498,7 +510,7 @@ def build_spatial(backbone, features, trained_on):
     longest = max(float(lengths.max()), 1e-3)  # 0 where all training images are alike
     variance = np.square(scale * longest)
     x = layers.Normalization(mean=scaler.mean_, variance=variance)(backbone.output)
-    x = layers.Rescaling(longest, name="longest")(x)
+    x = layers.Rescaling(longest, name="longest")(x)  # undoes the division: only keeps the number
     spatial = keras.Model(backbone.input, x, name="resnet50_features")
     spatial.trainable = False
     return spatial
@@ -507,33 +519,15 @@ def build_spatial(backbone, features, trained_on):
 # == Model, stages 2 and 3: temporal, regression =============================================
 def build_temporal(n_features):
     """Stage 2: feature vectors (T, F) -> what the LSTM makes of them (LSTM_UNITS,)."""
-    features = keras.Input((SEQUENCE_LENGTH, n_features), name="features")
-    x = features
+    x = features = keras.Input((SEQUENCE_LENGTH, n_features), name="features")
     if PROJECTION:
-        start = keras.initializers.RandomNormal(stddev=0.01)  # small for any F: SGD needs that
+        start = keras.initializers.RandomNormal(stddev=0.01)  # whatever K: a small start is best
         x = layers.Dense(PROJECTION, kernel_initializer=start, name="projection")(x)
     lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=True, name="lstm")
     memory = lstm(x)
-    kernel, recurrent_kernel, bias = lstm.get_weights()
-    bias[LSTM_UNITS : 2 * LSTM_UNITS] = FORGET_BIAS  # the order: input, forget, cell, output
-    lstm.set_weights([kernel, recurrent_kernel, bias])
+    gates = [0.0, FORGET_BIAS, 0.0, 0.0]  # input, forget, cell, output
+    lstm.cell.bias.assign(np.repeat(gates, LSTM_UNITS))
     return keras.Model(features, memory, name="temporal")
-
-
-def find_basis(features):
-    """An orthonormal basis (F, K) of what the training images' features (K, F) span. SGD moves the
-    projection nowhere else, so that training on K coordinates is the same, and faster."""
-    if PROJECTION:
-        return np.linalg.qr(features.T)[0]
-    return scipy.sparse.eye_array(features.shape[1], dtype="float32")
-
-
-def widen(temporal, basis):
-    """Stage 2 for feature vectors (T, F), of one for their coordinates (T, K) in a basis (F, K)."""
-    projection, *others = temporal.get_weights()
-    wide = build_temporal(basis.shape[0])
-    wide.set_weights([basis @ projection, *others])
-    return wide
 
 
 def build_regression(counts):
@@ -546,10 +540,14 @@ def build_regression(counts):
     return keras.Model(memory, layers.ReLU(name="people")(x), name="regression")
 
 
-def build_network(input_shape, spatial, temporal, regression):
-    """The three stages in a row; without the spatial one for windows of feature vectors."""
-    windows = keras.Input(input_shape, dtype="uint8" if spatial else "float32", name="windows")
-    features = layers.TimeDistributed(spatial, name="spatial")(windows) if spatial else windows
+def build_network(spatial, temporal, basis, regression):
+    """The three stages in a row: windows (T, H, W, 3) uint8 -> people (1,). temporal was built for
+    coordinates (T, K) in basis (F, K); here it becomes one for feature vectors (T, F)."""
+    first, *others = temporal.get_weights()  # the kernel that meets the coordinates, (K, ...)
+    temporal = build_temporal(basis.shape[0])
+    temporal.set_weights([basis @ first, *others])
+    windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="windows")
+    features = layers.TimeDistributed(spatial, name="spatial")(windows)
     return keras.Model(windows, regression(temporal(features)), name="ts_crowdnet")
 
 
@@ -558,12 +556,15 @@ def choose_precision():
     """PRECISION; if "auto", bfloat16 where the hardware has units for it: twice the speed."""
     if PRECISION != "auto":
         return PRECISION
-    for gpu in tf.config.list_physical_devices("GPU"):
-        details = tf.config.experimental.get_device_details(gpu)
-        return "bfloat16" if details.get("compute_capability", (0,)) >= (8,) else "float32"
-    processor = Path("/proc/cpuinfo")  # on Linux
-    flags = processor.read_text() if processor.exists() else ""
-    return "bfloat16" if re.search("avx512_bf16|amx_bf16", flags) else "float32"
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        details = tf.config.experimental.get_device_details(gpus[0])
+        has_units = details.get("compute_capability", (0,)) >= (8,)
+    else:
+        processor = Path("/proc/cpuinfo")  # on Linux
+        flags = processor.read_text() if processor.exists() else ""
+        has_units = re.search("avx512_bf16|amx_bf16", flags)
+    return "bfloat16" if has_units else "float32"
 
 
 def set_precision(model, precision):
@@ -574,36 +575,6 @@ def set_precision(model, precision):
         for layer in resnet.layers:
             layer.dtype_policy = policy
         model.make_predict_function(force=True)  # the old one was traced in the old precision
-
-
-def read_features(model, frames, rows):
-    """Runs frames[rows] through model, FRAME_BATCH at a time: (n, F)."""
-    batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
-    with ThreadPoolExecutor(1) as reader:  # reads the next frames meanwhile
-        images = reader.map(frames.__getitem__, batches)
-        return np.concatenate([model.predict_on_batch(batch) for batch in images])
-
-
-def compute_rows(compute, shape, path=None):
-    """An array (rows, numbers), filled by compute(rows) for some rows at a time. With a path, all
-    is kept in that .npy, from where an interrupted run goes on, with the same digits."""
-    array = np.full(shape, np.nan, "float32")  # NaN: not computed yet
-    if path:
-        try:
-            np.load(path, mmap_mode="r")
-        except (OSError, EOFError, ValueError):  # not there yet, or damaged
-            write_files(path.parent, {path.name: lambda new: np.save(new, array)})
-        array = np.lib.format.open_memmap(path, "r+")
-    bar = keras.utils.Progbar(len(array), unit_name="frame", verbose=len(array) > 64)
-    step = 8 * FRAME_BATCH
-    for rows in np.split(np.arange(len(array)), range(step, len(array), step)):
-        if np.isnan(array[rows]).any():
-            array[rows] = compute(rows)
-        bar.add(len(rows))
-    return np.array(array)
-
-
-FEATURES_VERSION = 3  # raise it when code above changes the features: stored ones then go
 
 
 def extract_features(frames, n_train, cache):
@@ -622,15 +593,15 @@ def extract_features(frames, n_train, cache):
     shape = (len(frames), backbone.output_shape[1])
     precision = choose_precision()
     constants = (FRAME_SIZE, FRAME_BATCH, FEATURE_SPREAD, SEED, grids, n_train)
-    versions = (FEATURES_VERSION, keras.__version__, keras.backend.backend())
-    key = (constants, weights, precision, versions, shape, resnet.count_params())
+    versions = (3, keras.__version__, keras.backend.backend())  # 4 when code changes features
+    key = (constants, weights, precision, versions, resnet.count_params())
     files = [*frames.sources, *([at(WEIGHTS)] if at(WEIGHTS or "").is_file() else [])]
-    path = open_cache(cache, key, files) / "features.npy"
+    array = open_cache(cache, key, files, shape)
     n = len(frames.copy_of)
     print(f"ResNet50, weights: {weights}, {precision}, reads {n} frames and {len(frames) - n}",
           f"copies; {shape[1]:,} numbers each from {', '.join(grids)}:")  # fmt: skip
     set_precision(backbone, precision)
-    features = compute_rows(lambda rows: read_features(backbone, frames, rows), shape, path)
+    features = fill_rows(array, lambda rows: backbone.predict(frames[rows], FRAME_BATCH, verbose=0))
     set_precision(backbone, "float32")  # that of the saved model
     return backbone, features, weights
 
@@ -650,33 +621,24 @@ def train(model, training, validation):
 # == Evaluation: metrics, figures, results ===================================================
 def measure(true, predicted):
     """Metrics of counts. accuracy: share within TOLERANCE; a true 0 needs one that rounds to 0."""
-    near = np.abs(predicted - true) <= TOLERANCE * true
-    accurate = np.where(true == 0, np.round(predicted) == 0, near)
-    mse = float(mean_squared_error(true, predicted))
-    mae = float(mean_absolute_error(true, predicted))
-    return {"mae": mae, "mse": mse, "rmse": mse**0.5, "accuracy": float(accurate.mean())}
-
-
-def describe(metrics):
-    """A line of metrics."""
-    line = "MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {0:.0%}: {accuracy:.1%}"
-    return line.format(TOLERANCE, **metrics)
+    error = np.abs(predicted - true)
+    accurate = np.where(true == 0, np.round(predicted) == 0, error <= TOLERANCE * true)
+    mse = np.mean(error**2)
+    return {"mae": error.mean(), "mse": mse, "rmse": mse**0.5, "accuracy": accurate.mean()}
 
 
 def draw_figures(history, validation, baseline, paths, title):
     """Figures of a run {name: figure}. validation: id, true, predicted of the frames in paths."""
-    loss, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    loss, axes = plt.subplots(figsize=(6, 4))
     axes.plot(history.index - 0.5, history["mse"], label="training: mean over the epoch")
     axes.plot(history.index, history["val_mse"], "--", label="validation: after the epoch")
     axes.axhline(baseline["mse"], color="0.5", linestyle=":", label="validation: the mean count")
     axes.set(yscale="log", xlabel="Epoch", ylabel="Mean squared error (people²)")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    ticks = LogLocator(subs=(1, 2, 5))
+    axes.yaxis.set(major_locator=ticks, major_formatter="{x:g}", minor_formatter="")
     axes.legend()
 
-    size = {"figsize": (11, 4), "width_ratios": (1, 2), "layout": "constrained"}
-    predictions, (left, right) = plt.subplots(1, 2, **size)
+    predictions, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2))
     counts = validation.set_index("id")[["true", "predicted"]]
     ends = np.array([counts.min().min() - 1, counts.max().max() + 1])
     low, high = (1 - TOLERANCE) * ends, (1 + TOLERANCE) * ends
@@ -688,10 +650,9 @@ def draw_figures(history, validation, baseline, paths, title):
     sns.lineplot(counts, linewidth=1, ax=right).set(xlabel="Frame", ylabel="People")
     predictions.suptitle(title, parse_math=False)
 
-    examples, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained")
-    errors = np.abs(validation["predicted"] - validation["true"]).to_numpy()
-    order = np.argsort(errors, kind="stable")
-    rows = order[np.linspace(0, len(order) - 1, 6).round().astype(int)]
+    examples, axes = plt.subplots(2, 3, figsize=(11, 6))
+    order = np.abs(validation["predicted"] - validation["true"]).argsort(kind="stable")
+    rows = order.iloc[np.linspace(0, len(order) - 1, 6, dtype=int)]
     for axis, row in zip(axes.flat, rows):
         axis.imshow(read_image(paths[row]))
         text = "frame {id}: true {true}, predicted {predicted:.1f}"
@@ -703,7 +664,7 @@ def draw_figures(history, validation, baseline, paths, title):
 
 def draw_counts(table):
     """The figure {name: figure} of counts over new frames, shaded where they are doubtful."""
-    figure, axes = plt.subplots(figsize=(11, 4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 4))
     axes.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3)
     doubtful = table["unfamiliar"].fillna(True).to_numpy(float)[np.newaxis]
     area = (-0.5, len(table) - 0.5, *axes.get_ylim())
@@ -715,7 +676,8 @@ def draw_counts(table):
 def save_figures(folder, draw):
     """Saves what draw() returns, {name: figure}, and shows it where there is a screen."""
     try:
-        sns.set_theme(context="paper", style="ticks", palette="colorblind", rc={"savefig.dpi": 200})
+        settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True}
+        sns.set_theme(context="paper", style="ticks", palette="colorblind", rc=settings)
         for name, figure in draw().items():
             write_files(folder, {f"{name}.png": figure.savefig, f"{name}.pdf": figure.savefig})
         if plt.get_backend().lower() != "agg":
@@ -731,20 +693,21 @@ def save_results(outputs, model, history, table, paths, run):
     validation = table[table["split"] == "validation"]
     n_train = len(table) - len(validation)
     metrics = measure(validation["true"], validation["predicted"])
-    mean_count = np.full(len(validation), table["true"][:n_train].mean())
-    baseline = measure(validation["true"], mean_count)
+    baseline = measure(validation["true"], table["true"][:n_train].mean())
     constants = {name: value for name, value in globals().items() if name.isupper()}
     versions = {library.__name__: library.__version__ for library in (keras, tf, np)}
     report = metrics | run | {"train_frames": n_train, "validation_frames": len(validation)}
-    report |= {"baseline": baseline, "python": sys.version, "versions": versions}
-    report |= {"constants": constants}
+    report |= {"baseline": baseline, "constants": constants}
+    report |= {"python": sys.version, "versions": versions}
     write_files(outputs, {
         "ts_crowdnet.keras": model.save,
         "history.csv": history.to_csv,
         "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
         "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str)),
     })  # fmt: skip
-    title = f"Validation frames: {describe(metrics)}\nThe mean count: {describe(baseline)}"
+    line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
+    title = line.format("Validation frames", TOLERANCE, **metrics)
+    title += "\n" + line.format("The mean count", TOLERANCE, **baseline)
     print(f"\n{title}\nResNet50 weights: {run['weights']}. Results: {outputs}")
     paths = paths[n_train:]
     save_figures(outputs, lambda: draw_figures(history, validation, baseline, paths, title))
@@ -767,13 +730,13 @@ def find_footage(frames):
 
 def load_stages(model):
     """(spatial, temporal, regression) of a model, or of the file of one. Raises InputError."""
-    saved_by = "no Keras"
+    loaded, saved_by = model, "no Keras"
     try:
         if isinstance(model, (str, Path)):
             path = Path(model).expanduser()
             saved_by = json.loads(zipfile.ZipFile(path).read("metadata.json"))["keras_version"]
-            model = keras.saving.load_model(path, compile=False)
-        return [model.get_layer(stage) for stage in ("spatial", "temporal", "regression")]
+            loaded = keras.saving.load_model(path, compile=False)
+        return [loaded.get_layer(stage) for stage in ("spatial", "temporal", "regression")]
     except Exception as error:  # zipfile, h5py and Keras raise many kinds
         problem = f"not written by this script, or by another Keras ({shorten(str(error), 150)})"
     versions = f"saved by {saved_by}, this is {keras.__version__}"
@@ -782,35 +745,39 @@ def load_stages(model):
 
 def count_people(model, frames, cache=None):
     """Counts the people in new frames of the camera a model was trained on.
-    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder or a picture, or
-    paths or uint8 RGB arrays (H, W, 3) in time order, at about the frame rate of training.
-    cache: .npy to resume from. Returns a DataFrame, a row a frame, indexed by file name: count,
-    and unfamiliar, True where a frame looks like no training frame. Both are empty where a
-    frame cannot be read. Raises InputError, OSError."""
+    model: path of a ts_crowdnet.keras, or the loaded model, which stays in the precision it counts
+    in. frames: a folder or a picture, or paths or uint8 RGB arrays (H, W, 3) in time order, at about
+    the frame rate of training. cache: a folder from which an interrupted count of files goes on.
+    Returns a DataFrame, a row a frame, indexed by file name: count, and unfamiliar, True where a
+    frame looks like no training frame; both empty where it cannot be read. Raises InputError."""
     sources = find_footage(frames)
     spatial, temporal, regression = load_stages(model)
     backbone = spatial.layer
-    is_good, line = find_damage(sources)
-    if not is_good.any():
+    good, line = find_damage(sources)
+    if not good:
         raise InputError(f"{line}; replace them")
-    if not is_good.all():
+    if len(good) < len(sources):
         print(f"{line}; their counts stay empty.")
-    good = np.flatnonzero(is_good)
     images = Frames([sources[row] for row in good], backbone.input_shape[1:3])
     windows = make_windows(good, temporal.input_shape[1])
     set_precision(backbone, choose_precision())
+    array = np.full((len(good), 2), np.nan, "float32")
+    if cache:
+        key = (choose_precision(), FRAME_BATCH)
+        array = open_cache(cache, key, [model, *sources], array.shape)
 
     def count(rows):
         """(people, length of the last feature vector) for the windows of these rows (n, 2)."""
-        seen, places = np.unique(windows[rows], return_inverse=True)
-        features = read_features(backbone, images, seen)[places.reshape(len(rows), -1)]
+        seen = np.unique(windows[rows])
+        features = backbone.predict(images[seen], FRAME_BATCH, verbose=0)
+        features = features[np.searchsorted(seen, windows[rows])]  # (n, T, F)
         people = regression.predict_on_batch(temporal.predict_on_batch(features))
         return np.column_stack([people, np.linalg.norm(features[:, -1], axis=1)])
 
-    counts, lengths = compute_rows(count, (len(good), 2), cache).T
-    unfamiliar = lengths > UNFAMILIAR * float(backbone.get_layer("longest").scale)
+    counts, lengths = fill_rows(array, count).T
+    unfamiliar = pd.array(lengths > UNFAMILIAR * float(backbone.get_layer("longest").scale))
     table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=good)
-    table = table.astype({"unfamiliar": "boolean"}).reindex(range(len(sources)))
+    table = table.reindex(range(len(sources)))
     names = [getattr(source, "name", row) for row, source in enumerate(sources)]
     return table.set_axis(pd.Index(names, name="frame"))
 
@@ -821,10 +788,7 @@ def count_folder():
     model = outputs / "ts_crowdnet.keras"
     if not model.is_file():
         raise InputError(f"{model}: no such file; train a model first")
-    sources = find_footage(at(COUNT))
-    key = (choose_precision(), FRAME_BATCH)
-    cache = open_cache(outputs / "count_cache", key, [model, *sources]) / "counts.npy"
-    table = count_people(model, sources, cache)
+    table = count_people(model, at(COUNT), outputs / "count_cache")
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
     mean, unfamiliar = table["count"].mean(), table["unfamiliar"].sum()
     print(f"{len(table)} frames, {mean:.1f} people on average: {outputs / 'counts.csv'}")
@@ -847,51 +811,48 @@ def main():
     paths = find_frames(ids)
     print(f"{n} frames: the first {n_train} train, the last {n - n_train} validate.")
     check_frames(paths)
-    outputs, shape = at(OUTPUTS), (SEQUENCE_LENGTH, *FRAME_SIZE, 3)
+    outputs = at(OUTPUTS)
 
     # Spatial: every frame and copy through the frozen ResNet50, once.
     frames = Frames(paths, FRAME_SIZE, n_train)
     backbone, features, weights = extract_features(frames, n_train, outputs / "feature_cache")
-    trained_on = np.union1d(np.arange(n_train), frames.copy_of[:n_train])
+    trained_on = np.r_[:n_train, n : len(frames)]  # training frames and their copies
     spatial = build_spatial(backbone, features, trained_on)
 
-    # Temporal and regression: trained on windows of feature vectors, or of frames.
+    # Temporal and regression: SGD moves the projection only within what the training images'
+    # features span, so training on coordinates there (N + C, K) is the same, and faster.
     keras.utils.set_random_seed(SEED)
-    basis = find_basis(features[trained_on])
+    basis = scipy.sparse.eye_array(features.shape[1], dtype="float32")
+    if PROJECTION:
+        basis = np.linalg.qr(features[trained_on].T)[0]  # orthonormal, (F, K)
     temporal = build_temporal(basis.shape[1])
     regression = build_regression(counts[:n_train])
-    images = features @ basis
-    model = build_network((SEQUENCE_LENGTH, images.shape[1]), None, temporal, regression)
+    inputs, model = features @ basis, keras.Sequential([temporal, regression])
     if not CACHE_FEATURES:
-        images = frames
-        model = build_network(shape, spatial, widen(temporal, basis), regression)
+        inputs, model = frames, build_network(spatial, temporal, basis, regression)
     windows = make_windows(ids, SEQUENCE_LENGTH)  # (N, T)
-    training = WindowSequence(images, windows[:n_train], counts[:n_train], frames.copy_of)
-    validation = WindowSequence(images, windows[n_train:], counts[n_train:])
+    training = WindowSequence(inputs, windows[:n_train], counts[:n_train], frames.copy_of)
+    validation = WindowSequence(inputs, windows[n_train:], counts[n_train:])
     history = train(model, training, validation)
 
     # Evaluation: every frame's count, and the metrics of the validation frames.
-    predicted = model.predict(WindowSequence(images, windows, counts), verbose=0)[:, 0]
+    predicted = model.predict(WindowSequence(inputs, windows, counts), verbose=0)[:, 0]
     if CACHE_FEATURES:
-        model = build_network(shape, spatial, widen(temporal, basis), regression)
+        model = build_network(spatial, temporal, basis, regression)
     split = np.where(np.arange(n) < n_train, "train", "validation")
-    table = pd.DataFrame({"id": ids, "split": split, "true": counts.astype(int)})
-    table["predicted"] = predicted
+    table = {"id": ids, "split": split, "true": counts.astype(int), "predicted": predicted}
     run = {"weights": weights, "precision": choose_precision(), "features": features.shape[1]}
-    save_results(outputs, model, history, table, paths, run)
+    save_results(outputs, model, history, pd.DataFrame(table), paths, run)
 
 
 def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    logging.getLogger("tensorflow").setLevel("ERROR")  # no warning of a new batch size
+    tf.get_logger().setLevel("ERROR")  # no warning of a new batch size
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(" ".join(f"Error: {error}".split()))
-    except OSError as error:
-        problem = f"{error.filename or at(OUTPUTS)}: {error.strerror or error}"
-        sys.exit(f"Error: {problem}; mend that and run again")
 
 
 if __name__ == "__main__":

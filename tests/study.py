@@ -78,10 +78,9 @@ def predict(features, counts, ids, train, tests):
     trained_on = np.union1d(train, copy_of[train])
     spatial = ts.build_spatial(keras.Model(raw, raw), known, trained_on)
     keras.utils.set_random_seed(ts.SEED)
-    basis = ts.find_basis(known[trained_on])
+    basis = np.linalg.qr(known[trained_on].T)[0] if ts.PROJECTION else np.eye(known.shape[1], dtype="float32")
     known = known @ basis
-    shape = (ts.SEQUENCE_LENGTH, known.shape[1])
-    head = ts.build_network(shape, None, ts.build_temporal(shape[1]), ts.build_regression(counts[train]))
+    head = keras.Sequential([ts.build_temporal(known.shape[1]), ts.build_regression(counts[train])])
     windows = ts.make_windows(ids, ts.SEQUENCE_LENGTH)
     training = ts.WindowSequence(known, windows[train], counts[train], copy_of)
     ts.train(head, training, ts.WindowSequence(known, windows[:1], counts[:1]))
@@ -107,7 +106,7 @@ def measure_row(row, labels, others, folds, folder):
         seen = {}
         for name, other in others.items():
             frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
-            seen[name] = ts.read_features(backbone, frames, np.arange(len(frames)))
+            seen[name] = backbone.predict(frames[np.arange(len(frames))], ts.FRAME_BATCH, verbose=0)
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 

@@ -80,10 +80,10 @@ def numbered(rows):
 MAT = {"LABELS": "mall_gt.mat"}
 BOMB = Image.new("1", (20_000, 10_000))
 CASES = {  # name: (what to do to the video, constants, parts of the message)
-    "no labels file": (remove("labels.csv"), {}, ["labels.csv", "no such file", "LABELS"]),
-    "labels is a folder": (None, {"LABELS": "frames"}, ["frames", "no such file"]),
+    "no labels file": (remove("labels.csv"), {}, ["labels.csv", "No such file", "LABELS"]),
+    "labels is a folder": (None, {"LABELS": "frames"}, ["frames", "Is a directory"]),
     "empty labels": (labels(""), {}, ["labels.csv", "id,count"]),
-    "only a header": (labels("id,count\n"), {}, ["labels.csv", "no labels"]),
+    "only a header": (labels("id,count\n"), {}, ["labels.csv", "0 frames", "too few"]),
     "not CSV": (labels(bytes(range(256)) * 20), {}, ["labels.csv", "id,count"]),
     "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv", "first line", "id,count"]),
     "a column twice": (labels("id,count,Count\n1,2,3\n"), {}, ["labels.csv", "first line", "id,count"]),
@@ -101,12 +101,12 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "bad row after blank lines": (labels("id,count\n\n\n1,5\n2,b\n"), {}, ["row 5", "'b'"]),
     "a row longer than the others": (labels("id,count\n1,5\n2,3,4\n"), {}, ["labels.csv", "line 3"]),
     "rows longer than the header": (labels("id,count\n1,5,6\n2,3,4\n"), {}, ["labels.csv", "more fields"]),
-    "no .mat file": (None, MAT, ["mall_gt.mat", "no such file"]),
+    "no .mat file": (None, MAT, ["mall_gt.mat", "No such file"]),
     ".mat without count": (mat(frame=np.zeros(3)), MAT, ["mall_gt.mat", "'count'"]),
     ".mat with text for count": (mat(count="many"), MAT, ["mall_gt.mat", "count"]),
     ".mat with a negative count": (mat(count=np.array([3, -2])), MAT, ["mall_gt.mat", "row 2"]),
-    "truncated .mat": (several(mat(count=np.arange(5000)), truncate("mall_gt.mat", 0.5)), MAT, ["mall_gt.mat", "no readable labels"]),
-    "not MATLAB": (write("mall_gt.mat", b"id,count\n" * 99), MAT, ["mall_gt.mat", "no readable labels"]),
+    "truncated .mat": (several(mat(count=np.arange(5000)), truncate("mall_gt.mat", 0.5)), MAT, ["mall_gt.mat", "set LABELS to"]),
+    "not MATLAB": (write("mall_gt.mat", b"id,count\n" * 99), MAT, ["mall_gt.mat", "set LABELS to"]),
     "no frames folder": (remove("frames"), {}, ["frames", "20 of 20", "FRAMES"]),
     "empty frames folder": (several(remove("frames/frames"), write("frames/frames/readme", b"")), {}, ["20 of 20", "FRAMES"]),
     "missing frames": (

@@ -143,7 +143,7 @@ def test_it_learns_what_the_features_say_and_starts_at_the_mean(constants, monke
     raw = keras.Input((40,))
     ts.build_spatial(keras.Model(raw, raw), features, rows[:150])
     keras.utils.set_random_seed(0)
-    head = ts.build_network((2, 40), None, ts.build_temporal(40), ts.build_regression(counts[:150]))
+    head = keras.Sequential([ts.build_temporal(40), ts.build_regression(counts[:150])])
     windows = ts.make_windows(rows, 2)
     training = ts.WindowSequence(features, windows[:150], counts[:150], copy_of=rows)
     validation = ts.WindowSequence(features, windows[150:], counts[150:])

@@ -124,7 +124,7 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
         constants(**{"SEED": 0, "AUGMENT": 0.25, "TRAIN_FRACTION": 0.8} | changes)
         computed.clear()
         monkeypatch.setattr(ts, "build_spatial", stop)
-        monkeypatch.setattr(ts, "read_features", lambda model, _, rows: computed.append(1) or np.zeros((len(rows), model.output_shape[1])))
+        monkeypatch.setattr(keras.Model, "predict", lambda model, x, *_, **__: computed.append(1) or np.zeros((len(x), model.output_shape[1])))
         with pytest.raises(KeyboardInterrupt):
             ts.main()
         (folder,) = cache.iterdir()  # one alone: those of before are gone
@@ -151,19 +151,23 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
 @pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "half computed"])
 def test_damaged_features_are_made_anew(tmp_path, damage, monkeypatch):
     monkeypatch.setattr(ts, "FRAME_BATCH", 1)
-    path = tmp_path / "features.npy"
-    expected = ts.compute_rows(lambda rows: rows[:, None] * [1, 10], (20, 2), path)
-    data = path.read_bytes()
-    damaged = {"cut": data[:200], "empty": b"", "random": os.urandom(500)}
+    computed = []
+
+    def fill():
+        array = ts.open_cache(tmp_path, "key", [], (20, 2))
+        return ts.fill_rows(array, lambda rows: computed.extend(rows) or rows[:, None] * [1, 10])
+
+    expected = fill()
+    (path,) = tmp_path.iterdir()
+    damaged = {"cut": path.read_bytes()[:200], "empty": b"", "random": os.urandom(500)}
     if damage == "missing":
         path.unlink()
     elif damage == "half computed":
         np.save(path, np.where(np.arange(20)[:, None] == 9, [9, np.nan], expected).astype("float32"))
     else:
         path.write_bytes(damaged[damage])
-    computed = []
-    again = ts.compute_rows(lambda rows: computed.extend(rows) or rows[:, None] * [1, 10], (20, 2), path)
-    assert (again == expected).all() and (np.load(path) == expected).all()
+    computed.clear()
+    assert (fill() == expected).all() and (np.load(path) == expected).all()
     assert computed == list(range(8, 16) if damage == "half computed" else range(20))
 
 
@@ -191,9 +195,7 @@ def test_two_runs_into_one_folder_leave_the_files_of_one(tmp_path):
     inner = {"a": lambda path: path.write_text("second"), "b": lambda path: path.write_text("second")}
 
     def write_while_another_run_does(path):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ts.os, "getpid", lambda: 2)
-            ts.write_files(tmp_path, inner)
+        ts.write_files(tmp_path, inner)
         path.write_text("first")
 
     ts.write_files(tmp_path, {"a": write_while_another_run_does, "b": lambda path: path.write_text("first")})
