@@ -109,8 +109,8 @@ TOLERANCE = 0.20  # counts within this share of the truth are accurate; 0.20 as 
 COUNT = None  # a folder of new frames to count with the model in OUTPUTS, without training
 UNFAMILIAR = 1.05  # mark frames whose feature vector is longer than this x the longest trained on
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-SAMPLE_LABELS = "78609c47c0093b7d9b7a8d3baa543fd5"  # MD5 of its labels.csv
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # files taken for frames
+SAMPLE_LABELS = "78609c47c0093b7d9b7a8d3baa543fd5"  # MD5 of the sample's
 
 
 class InputError(ValueError):
@@ -707,7 +707,7 @@ def save_results(outputs, model, history, table, paths, run):
     })  # fmt: skip
     line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
     title = line.format("Validation frames", TOLERANCE, **metrics)
-    title += "\n" + line.format("The mean count", TOLERANCE, **baseline)
+    title += "\n" + line.format("Always the mean count", TOLERANCE, **baseline)
     print(f"\n{title}\nResNet50 weights: {run['weights']}. Results: {outputs}")
     paths = paths[n_train:]
     save_figures(outputs, lambda: draw_figures(history, validation, baseline, paths, title))
