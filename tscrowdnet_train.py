@@ -259,7 +259,8 @@ def find_frames(ids):
         remedy = f"add {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
         shift = min(numbered, default=0) - min(ids)
         if all(frame + shift in numbered for frame in ids):
-            remedy = f"ids from {min(ids)}, frames from {min(numbered)}: add {shift} to {LABELS}'s ids"
+            starts = f"ids from {min(ids)}, frames from {min(numbered)}"
+            remedy = f"{starts}: add {shift} to each id in {LABELS}"
         raise InputError(f"{folder}: {problem}; {remedy}")
     for frame in ids:
         if len(numbered[frame]) > 1:
@@ -746,8 +747,8 @@ def load_stages(model):
 def count_people(model, frames, cache=None):
     """Counts the people in new frames of the camera a model was trained on.
     model: path of a ts_crowdnet.keras, or the loaded model, which stays in the precision it counts
-    in. frames: a folder or a picture, or paths or uint8 RGB arrays (H, W, 3) in time order, at about
-    the frame rate of training. cache: a folder from which an interrupted count of files goes on.
+    in. frames: a folder or a picture, or paths or uint8 RGB arrays (H, W, 3) in time order, about
+    at the frame rate of training. cache: a folder from which an interrupted count of files goes on.
     Returns a DataFrame, a row a frame, indexed by file name: count, and unfamiliar, True where a
     frame looks like no training frame; both empty where it cannot be read. Raises InputError."""
     sources = find_footage(frames)
