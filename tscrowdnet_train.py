@@ -578,6 +578,14 @@ def set_precision(model, precision):
         model.make_predict_function(force=True)  # the old one was traced in the old precision
 
 
+def read_features(model, frames, rows):
+    """Runs frames[rows] through model, FRAME_BATCH at a time: (n, F). predict() is slower."""
+    batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
+    with ThreadPoolExecutor(1) as reader:  # reads the next frames meanwhile
+        images = reader.map(frames.__getitem__, batches)
+        return np.concatenate([model.predict_on_batch(batch) for batch in images])
+
+
 def extract_features(frames, n_train, cache):
     """Runs all frames and copies through ResNet50 once, or takes their features from cache.
     Returns (backbone, features (N + C, F), what the weights are). Raises InputError."""
@@ -602,7 +610,7 @@ def extract_features(frames, n_train, cache):
     print(f"ResNet50, weights: {weights}, {precision}, reads {n} frames and {len(frames) - n}",
           f"copies; {shape[1]:,} numbers each from {', '.join(grids)}:")  # fmt: skip
     set_precision(backbone, precision)
-    features = fill_rows(array, lambda rows: backbone.predict(frames[rows], FRAME_BATCH, verbose=0))
+    features = fill_rows(array, lambda rows: read_features(backbone, frames, rows))
     set_precision(backbone, "float32")  # that of the saved model
     return backbone, features, weights
 
@@ -770,7 +778,7 @@ def count_people(model, frames, cache=None):
     def count(rows):
         """(people, length of the last feature vector) for the windows of these rows (n, 2)."""
         seen = np.unique(windows[rows])
-        features = backbone.predict(images[seen], FRAME_BATCH, verbose=0)
+        features = read_features(backbone, images, seen)
         features = features[np.searchsorted(seen, windows[rows])]  # (n, T, F)
         people = regression.predict_on_batch(temporal.predict_on_batch(features))
         return np.column_stack([people, np.linalg.norm(features[:, -1], axis=1)])

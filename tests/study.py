@@ -106,7 +106,7 @@ def measure_row(row, labels, others, folds, folder):
         seen = {}
         for name, other in others.items():
             frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
-            seen[name] = backbone.predict(frames[np.arange(len(frames))], ts.FRAME_BATCH, verbose=0)
+            seen[name] = ts.read_features(backbone, frames, np.arange(len(frames)))
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 

@@ -124,7 +124,7 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
         constants(**{"SEED": 0, "AUGMENT": 0.25, "TRAIN_FRACTION": 0.8} | changes)
         computed.clear()
         monkeypatch.setattr(ts, "build_spatial", stop)
-        monkeypatch.setattr(keras.Model, "predict", lambda model, x, *_, **__: computed.append(1) or np.zeros((len(x), model.output_shape[1])))
+        monkeypatch.setattr(ts, "read_features", lambda model, _, rows: computed.append(1) or np.zeros((len(rows), model.output_shape[1])))
         with pytest.raises(KeyboardInterrupt):
             ts.main()
         (folder,) = cache.iterdir()  # one alone: those of before are gone
