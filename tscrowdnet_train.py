@@ -151,7 +151,7 @@ def check_constants():
     is_path = (lambda value: isinstance(value, (str, Path)), "a path in quotes")
     check(*is_path, LABELS=LABELS, FRAMES=FRAMES, OUTPUTS=OUTPUTS)
     check(*is_path, WEIGHTS=WEIGHTS or "", COUNT=COUNT or "")
-    check(lambda value: is_pair(value, 32), "(height, width), whole, from 32", FRAME_SIZE=FRAME_SIZE)
+    check(lambda x: is_pair(x, 32), "(height, width), whole, 32 or more", FRAME_SIZE=FRAME_SIZE)
     grids = dict(FEATURE_LAYERS=FEATURE_LAYERS, FEATURE_LAYERS_RANDOM=FEATURE_LAYERS_RANDOM)
     check(is_grids, "{layer of ResNet50: (rows, columns), ...}", **grids)
     check(("auto", "float32", "bfloat16").count, "auto, float32 or bfloat16", PRECISION=PRECISION)
