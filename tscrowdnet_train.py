@@ -110,7 +110,7 @@ COUNT = None  # a folder of new frames to count with the model in OUTPUTS, witho
 UNFAMILIAR = 1.05  # mark frames whose feature vector is longer than this x the longest trained on
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")  # files taken for frames
-SAMPLE_LABELS = "78609c47c0093b7d9b7a8d3baa543fd5"  # MD5 of the sample's
+SAMPLE_LABELS = "78609c47c0093b7d9b7a8d3baa543fd5"  # MD5 of the sample's labels.csv
 
 
 class InputError(ValueError):
@@ -341,8 +341,7 @@ class Frames:
     without one."""
 
     def __init__(self, sources, size, n_train=0):
-        share = round(n_train * AUGMENT)
-        copied = np.linspace(0, n_train, share, endpoint=False).astype(int)
+        copied = np.linspace(0, n_train, round(n_train * AUGMENT), endpoint=False).astype(int)
         self.sources = [*sources, *(sources[row] for row in copied)]
         self.size = size
         self.copy_of = np.arange(len(sources))
@@ -358,8 +357,7 @@ class Frames:
         return pictures[np.searchsorted(distinct, rows)]
 
     def load(self, row):
-        image = read_image(self.sources[row])
-        image = image.resize(self.size[::-1], Image.BILINEAR)
+        image = read_image(self.sources[row]).resize(self.size[::-1], Image.BILINEAR)
         if row >= len(self.copy_of):  # a copy
             image = jitter(image, np.random.default_rng((SEED, row)))
         return np.asarray(image)
@@ -507,7 +505,7 @@ def build_spatial(backbone, features, trained_on):
     scale = scaler.scale_ * math.sqrt(features.shape[1])
     features -= scaler.mean_.astype("float32")
     features /= scale.astype("float32")
-    lengths = np.linalg.norm(features[trained_on], axis=1)
+    lengths = np.linalg.norm(features, axis=1)[trained_on]
     longest = max(float(lengths.max()), 1e-3)  # 0 where all training images are alike
     variance = np.square(scale * longest)
     x = layers.Normalization(mean=scaler.mean_, variance=variance)(backbone.output)
@@ -529,6 +527,14 @@ def build_temporal(n_features):
     gates = [0.0, FORGET_BIAS, 0.0, 0.0]  # input, forget, cell, output
     lstm.cell.bias.assign(np.repeat(gates, LSTM_UNITS))
     return keras.Model(features, memory, name="temporal")
+
+
+def find_basis(features):
+    """An orthonormal basis (F, K) of what the training images' features (K, F) span. SGD moves
+    the projection only within it: training on coordinates there is the same, and faster."""
+    if PROJECTION:
+        return np.linalg.qr(features.T)[0]
+    return scipy.sparse.eye_array(features.shape[1], dtype="float32")
 
 
 def build_regression(counts):
@@ -728,8 +734,10 @@ def find_footage(frames):
     sources = frames
     if isinstance(frames, (str, Path)):
         path = Path(frames).expanduser()
-        sources = [path] if path.is_file() else list_pictures(path)
-        if path.is_file() and path.suffix.lower() not in PICTURES:
+        sources = [path]
+        if not path.is_file():
+            sources = list_pictures(path)
+        elif path.suffix.lower() not in PICTURES:
             command = f"ffmpeg -i {path.name} -vf fps=1 frame_%06d.jpg"
             raise InputError(f"{path}: no picture; make some of a video: {command}")
     if not len(sources):
@@ -769,11 +777,11 @@ def count_people(model, frames, cache=None):
         print(f"{line}; their counts stay empty.")
     images = Frames([sources[row] for row in good], backbone.input_shape[1:3])
     windows = make_windows(good, temporal.input_shape[1])
-    set_precision(backbone, choose_precision())
+    precision = choose_precision()
+    set_precision(backbone, precision)
     array = np.full((len(good), 2), np.nan, "float32")
     if cache:
-        key = (choose_precision(), FRAME_BATCH)
-        array = open_cache(cache, key, [model, *sources], array.shape)
+        array = open_cache(cache, (precision, FRAME_BATCH), [model, *sources], array.shape)
 
     def count(rows):
         """(people, length of the last feature vector) for the windows of these rows (n, 2)."""
@@ -828,16 +836,14 @@ def main():
     trained_on = np.r_[:n_train, n : len(frames)]  # training frames and their copies
     spatial = build_spatial(backbone, features, trained_on)
 
-    # Temporal and regression: SGD moves the projection only within what the training images'
-    # features span, so training on coordinates there (N + C, K) is the same, and faster.
+    # Temporal and regression: trained on windows of coordinates (N + C, K), or of frames.
     keras.utils.set_random_seed(SEED)
-    basis = scipy.sparse.eye_array(features.shape[1], dtype="float32")
-    if PROJECTION:
-        basis = np.linalg.qr(features[trained_on].T)[0]  # orthonormal, (F, K)
+    basis = find_basis(features[trained_on])
     temporal = build_temporal(basis.shape[1])
     regression = build_regression(counts[:n_train])
-    inputs, model = features @ basis, keras.Sequential([temporal, regression])
-    if not CACHE_FEATURES:
+    if CACHE_FEATURES:
+        inputs, model = features @ basis, keras.Sequential([temporal, regression])
+    else:
         inputs, model = frames, build_network(spatial, temporal, basis, regression)
     windows = make_windows(ids, SEQUENCE_LENGTH)  # (N, T)
     training = WindowSequence(inputs, windows[:n_train], counts[:n_train], frames.copy_of)

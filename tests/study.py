@@ -78,7 +78,7 @@ def predict(features, counts, ids, train, tests):
     trained_on = np.union1d(train, copy_of[train])
     spatial = ts.build_spatial(keras.Model(raw, raw), known, trained_on)
     keras.utils.set_random_seed(ts.SEED)
-    basis = np.linalg.qr(known[trained_on].T)[0] if ts.PROJECTION else np.eye(known.shape[1], dtype="float32")
+    basis = ts.find_basis(known[trained_on])
     known = known @ basis
     head = keras.Sequential([ts.build_temporal(known.shape[1]), ts.build_regression(counts[train])])
     windows = ts.make_windows(ids, ts.SEQUENCE_LENGTH)
