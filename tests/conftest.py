@@ -194,9 +194,8 @@ def processes(request, first_run, tmp_path_factory):
     code = "import os, signal; before = signal.getsignal(2), os.fstat(2); import tscrowdnet_train as ts; "
     code += "print(ts.EPOCHS, (signal.getsignal(2), os.fstat(2)) == before)"
     killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
-    notebook = {"MPLBACKEND": "module://of.a.notebook"}
     runs = {
-        "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)], notebook),
+        "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)]),
         "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, killed_runs),
         "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),
         "test_importing_does_nothing": (alone, ["-B", "-c", code]),
@@ -204,8 +203,8 @@ def processes(request, first_run, tmp_path_factory):
     chosen = {item.name for item in request.session.items}
     with ThreadPoolExecutor(1) as pool:
         yield {
-            test: (folder, pool.submit(start, arguments, alone, **dict(*environment)))
-            for test, (folder, arguments, *environment) in runs.items()
+            test: (folder, pool.submit(start, arguments, alone))
+            for test, (folder, arguments) in runs.items()
             if test in chosen
         }
         pool.shutdown(cancel_futures=True)

@@ -106,7 +106,7 @@ def measure_row(row, labels, others, folds, folder):
         seen = {}
         for name, other in others.items():
             frames = ts.Frames([other / path.name for path in paths[half:]], ts.FRAME_SIZE)
-            seen[name] = ts.read_features(backbone, frames, np.arange(len(frames)))
+            seen[name] = ts.read_features(backbone, frames, np.arange(len(frames.sources)))
         measure_row.features = {key: (features, seen)}
     features, seen = measure_row.features[key]
 

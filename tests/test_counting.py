@@ -1,6 +1,5 @@
 """Counting new footage with a saved model."""
 
-import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -29,7 +28,7 @@ def test_counting_new_footage_matches_the_predictions(finished, constants, capsy
     ts.main()
     written = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")
     np.testing.assert_allclose(written["count"], counts["count"], atol=1e-3)
-    assert not written["unfamiliar"].any() and "doubt" not in capsys.readouterr().out
+    assert not written["unfamiliar"].any() and "0 of 20 frames look like" in capsys.readouterr().out
     assert {"counts.png", "counts.pdf"} <= {path.name for path in (finished / "outputs").iterdir()}
 
 
@@ -51,7 +50,7 @@ def test_frames_unlike_the_training_frames_are_marked(finished, constants, capsy
     marked = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")["unfamiliar"]
     odd = marked.index.str.startswith("2-odd")
     assert marked[odd].all() and marked[~odd].mean() <= 0.5, marked.to_string()
-    assert f"{marked.sum()} of them look like no training frame" in capsys.readouterr().out
+    assert f"{marked.sum()} of {len(marked)} frames look like no training frame" in capsys.readouterr().out
 
 
 def test_the_figure_of_counts_shades_single_frames_too():
@@ -65,10 +64,7 @@ def test_footage_is_taken_in_the_order_of_its_numbers(tmp_path):
     names = ["frame_1.jpg", "frame_2.PNG", "frame_10.jpeg", "frame_10b.webp", "frame_100.tif"]
     for name in [*names, "._frame_3.jpg", ".hidden", "clip.mpg", "notes.pdf"]:
         (tmp_path / name).write_bytes(b"")
-    assert [path.name for path in ts.find_footage(tmp_path)] == names
-    with pytest.raises(ts.InputError, match="clips: no frames"):
-        (tmp_path / "clips").mkdir()
-        ts.count_people(tmp_path / "none.keras", tmp_path / "clips")
+    assert [path.name for path in ts.list_pictures(tmp_path)] == names
 
 
 def test_the_readme_counts_a_window_without_this_project_as_count_people_does(finished, monkeypatch):
@@ -96,7 +92,7 @@ def test_another_model_is_refused_in_a_line(finished, constants, monkeypatch):
     assert len(ts.count_people("~/outputs/ts_crowdnet.keras", "~/frames/frames")) == 20
 
 
-def test_a_model_of_another_keras_is_told_from_a_damaged_one(finished):
+def test_a_model_of_another_keras_is_refused_with_the_name_of_this_one(finished):
     """Saved by a version with an argument that this one does not know."""
     saved = finished / "outputs" / "ts_crowdnet.keras"
     newer = finished / "newer.keras"
@@ -105,12 +101,10 @@ def test_a_model_of_another_keras_is_told_from_a_damaged_one(finished):
             data = source.read(name)
             if name == "config.json":
                 data = data.replace(b'"unit_forget_bias": true', b'"unit_forget_bias": true, "unknown": 1')
-            if name == "metadata.json":
-                data = json.dumps({"keras_version": "99.1.0"}).encode()
             target.writestr(name, data)
     with pytest.raises(ts.InputError) as refusal:
         ts.count_people(newer, finished / "frames" / "frames")
-    for part in ("newer.keras", "99.1.0", keras.__version__):
+    for part in ("newer.keras", keras.__version__, "unknown"):
         assert part in str(refusal.value)
 
 
@@ -142,36 +136,37 @@ def test_footage_without_one_whole_frame_is_refused(finished):
     frames = finished / "frames" / "frames"
     Image.fromarray(np.zeros((48, 64), "uint16")).save(finished / "deep.png")
     with pytest.raises(ts.InputError, match="deep.png.*8 bits"):
-        ts.count_people(finished / "outputs" / "ts_crowdnet.keras", finished / "deep.png")
+        ts.count_people(finished / "outputs" / "ts_crowdnet.keras", [finished / "deep.png"])
     damage(frames, range(1, 21))
     with pytest.raises(ts.InputError, match="20 of 20 frames cannot be read") as refusal:
         ts.count_people(finished / "outputs" / "ts_crowdnet.keras", frames)
-    assert len(str(refusal.value)) < 400
+    assert len(str(refusal.value)) < 500
 
 
-@pytest.mark.parametrize("form", ["one picture", "array", "list of arrays", "list of texts"])
+@pytest.mark.parametrize("form", ["array", "list of arrays", "list of texts"])
 def test_frames_come_as_files_or_arrays(finished, form):
     paths = sorted((finished / "frames" / "frames").iterdir())[:3]
     arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
-    frames = {"one picture": paths[0], "array": arrays, "list of arrays": list(arrays), "list of texts": list(map(str, paths))}[form]
+    frames = {"array": arrays, "list of arrays": list(arrays), "list of texts": list(map(str, paths))}[form]
     model = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
     expected = ts.count_people(model, paths)["count"].to_numpy()
     counts = ts.count_people(model, frames)["count"].to_numpy()
-    np.testing.assert_allclose(counts, expected[: len(counts)], atol=1e-3)
-    assert len(counts) == (1 if form == "one picture" else 3)
+    np.testing.assert_allclose(counts, expected, atol=1e-3)
 
 
 def test_arrays_that_are_no_pictures_are_refused(finished):
     model = finished / "outputs" / "ts_crowdnet.keras"
     for array in (np.zeros((2, 48, 64, 3)), np.zeros((48, 64, 3), "uint8"), np.zeros((2, 48, 64), "uint8")):
-        with pytest.raises(ts.InputError, match=r"not uint8 \(H, W, 3\)"):
+        with pytest.raises(ts.InputError, match=r"no frames to count.*array: .*(not \(H, W, 3\)|data type)"):
             ts.count_people(model, array)
 
 
-def test_a_video_file_is_answered_with_the_command_that_makes_frames(finished):
+def test_a_video_file_or_an_empty_folder_is_answered_with_the_command_that_makes_frames(finished):
     (finished / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
-    with pytest.raises(ts.InputError, match="clip.mp4: .*ffmpeg -i clip.mp4"):
-        ts.count_people(finished / "outputs" / "ts_crowdnet.keras", finished / "clip.mp4")
+    (finished / "clips").mkdir()
+    for name in ("clip.mp4", "clips"):
+        with pytest.raises(ts.InputError, match=f"{name}: no frames to count.*ffmpeg -i"):
+            ts.count_people(finished / "outputs" / "ts_crowdnet.keras", finished / name)
 
 
 def test_a_loaded_model_is_traced_once_for_all_calls(finished, monkeypatch):

@@ -141,15 +141,6 @@ def test_metrics_worked_by_hand():
     assert ts.measure(np.zeros(3), np.array([0.0, 0.49, 0.51]))["accuracy"] == pytest.approx(2 / 3)
 
 
-def test_frames_are_found_in_the_parent_folder_too(video, constants):
-    """As in Mall's own archive."""
-    expected = [path.name for path in ts.find_frames([1, 2])]
-    for path in (video / "frames" / "frames").iterdir():
-        path.rename(video / "frames" / path.name)
-    (video / "frames" / "frames").rmdir()
-    assert [path.name for path in ts.find_frames([1, 2])] == expected == ["seq_000001.jpg", "seq_000002.jpg"]
-
-
 @pytest.mark.parametrize("name", ["frame_{}.JPG", "img{:04}.png", "seq_{}.jpeg", "2019_cam3_{:06}.bmp"])
 def test_frames_are_matched_by_the_last_number_in_their_names(video, constants, name):
     folder = video / "frames" / "frames"
@@ -159,32 +150,11 @@ def test_frames_are_matched_by_the_last_number_in_their_names(video, constants, 
     assert [path.name for path in ts.find_frames([1, 2, 20])] == [name.format(frame) for frame in (1, 2, 20)]
 
 
-def test_the_folder_that_holds_all_labelled_frames_is_taken(video, constants):
-    """As when Mall is unpacked beside the sample."""
-    for frame in range(1, 31):
-        shutil.copy(video / "frames" / "frames" / "seq_000001.jpg", video / "frames" / f"seq_{frame:06d}.jpg")
-    assert {path.parent.name for path in ts.find_frames(range(1, 31))} == {"frames"}
-    assert {path.parent for path in ts.find_frames(range(1, 31))} == {video / "frames"}
-
-
-@pytest.mark.parametrize(
-    ("size", "frame_size", "said"),
-    [((64, 48), (48, 64), ""), ((64, 48), (64, 48), "(48, 64)"), ((128, 72), (48, 64), "(48, 85)"), ((64, 50), (48, 64), "")],
-    ids=["same shape", "swapped", "16:9", "nearly"],
-)
-def test_a_frame_size_that_distorts_is_answered_with_a_better_one(tmp_path, constants, monkeypatch, capsys, size, frame_size, said):
-    Image.new("RGB", size).save(tmp_path / "wide.png")
-    constants(FRAME_SIZE=frame_size)
-    ts.check_frames([tmp_path / "wide.png"])
-    printed = capsys.readouterr().out
-    assert said in printed and bool(said) == bool(printed)
-
-
 def test_copies_show_the_same_scene_in_other_light_from_a_nudged_camera(video, constants):
     constants(AUGMENT=1)
     paths = ts.find_frames([1, 2]) * 2
     frames = ts.Frames(paths, (48, 64), n_train=4)
-    assert len(frames) == 8 and frames.copy_of.tolist() == [4, 5, 6, 7]
+    assert len(frames.sources) == 8 and frames.copy_of.tolist() == [4, 5, 6, 7]
     shown = frames[np.arange(8)].astype(float)
     with Image.open(paths[0]) as image:
         assert (shown[0] == np.asarray(image)).all(), "frames themselves stay as they are"

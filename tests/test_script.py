@@ -25,7 +25,7 @@ RESULTS = FIGURES | {"ts_crowdnet.keras", "history.csv", "predictions.csv", "met
 
 
 def test_a_user_runs_the_script(beside):
-    """From another folder, with the MPLBACKEND of a notebook, which does not exist here."""
+    """From another folder, in a process of its own."""
     folder, done = beside()
     assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
     outputs = folder / "outputs"
@@ -51,7 +51,7 @@ def test_a_user_runs_the_script(beside):
         assert metrics[name] == pytest.approx(value, abs=1e-5), name
     assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
     assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["features"] > 0
-    assert metrics["versions"]["keras"] == keras.__version__ and metrics["python"] == sys.version
+    assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["python"] == sys.version
     constants = {name for name in re.findall(r"^([A-Z0-9_]+) = ", SCRIPT.read_text(), re.MULTILINE)}
     assert set(metrics["constants"]) == constants
 
@@ -269,17 +269,6 @@ def test_settings_reach_the_report_as_they_were_written(finished, run):
     assert metrics["constants"]["OPTIMIZER"] == {"class_name": "sgd", "config": {"momentum": 0.5}}
 
 
-def test_files_reach_the_disk_before_their_names(tmp_path, monkeypatch):
-    """A power cut must not leave a name without its content."""
-    events = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(ts.os, "fsync", lambda file: events.append("fsync") or fsync(file))
-    monkeypatch.setattr(ts.os, "replace", lambda *paths: events.append("replace") or replace(*paths))
-    ts.write_files(tmp_path, {name: lambda path: path.write_text("content") for name in ("a", "b")})
-    assert events == ["fsync", "fsync", "replace", "replace"]
-    check_whole(tmp_path)
-
-
 def test_one_line_and_exit_status_1(beside):
     folder, done = beside()
     assert done.returncode == 1 and done.stdout == ""
@@ -291,8 +280,8 @@ def test_one_line_and_exit_status_1(beside):
     ("source", "status", "said"),
     [
         ("import os; os.abort()", -signal.SIGABRT, "Fatal Python error: Aborted"),
-        ("import os; os.write(2, b'start-up line'); raise ModuleNotFoundError('No module named tensorflow')", 1,
-         "Error: No module named tensorflow: pip install -r requirements.txt, with Python 3.10 to 3.13\n"),
+        ("import os; os.write(2, b'start' b'-up'); raise ModuleNotFoundError('No module named tensorflow')", 1,
+         "ModuleNotFoundError: No module named tensorflow\n"),
         ("raise RuntimeError('glibc too old')", 1, "RuntimeError: glibc too old"),
     ],
     ids=["abort", "not installed", "exception"],
