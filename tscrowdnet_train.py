@@ -16,7 +16,7 @@ SEQUENCE_LENGTH frames in a window; H x W = FRAME_SIZE; F numbers in a feature v
     3. regression  Dense(relu), Dense(1)                    -> people in the last frame (1,)
 
 Stage 1 does not learn: it reads the N + C images once. WindowSequence feeds windows of their
-features (BATCH_SIZE, T, ...) to stages 2 and 3, which train.
+feature vectors, as K coordinates (BATCH_SIZE, T, K), to stages 2 and 3, which train.
 """
 
 import faulthandler
@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -36,7 +35,7 @@ from textwrap import shorten
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
     stderr = os.dup(2)
-    faulthandler.enable(stderr)  # a crash is still told, TensorFlow's greeting is not
+    faulthandler.enable(stderr)  # crashes are told, TensorFlow's greeting is not
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 try:
@@ -60,7 +59,7 @@ ROOT = Path(__file__).resolve().parent
 # -- Data: relative paths start at this script's folder
 LABELS = "labels.csv"  # a CSV with columns id,count, or the official "mall_gt.mat"
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, ...: one fixed camera
-OUTPUTS = "outputs"  # give each experiment a folder of its own
+OUTPUTS = "outputs"  # a folder for each experiment
 SEQUENCE_LENGTH = 5  # frames in a window; more for a high frame rate
 FRAME_SIZE = (300, 400)  # (height, width) fed to ResNet50; larger if people are small
 TRAIN_FRACTION = 0.8  # first part of the video; 0.4 for Mall's canonical split
@@ -70,7 +69,7 @@ WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None:
 # Layers to read, and the grid (rows, columns) over which each is summarised.
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}
-# Read instead if the weights are random: their deeper layers only add noise.
+# Read if the weights are random: their deeper layers only add noise.
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
                          "conv2_block3_out": (3, 2)}
 FEATURE_SPREAD = True  # each cell's standard deviation, too; False: its mean alone
@@ -87,12 +86,12 @@ FORGET_BIAS = -2.0  # higher: earlier frames weigh more from the start (Keras: 1
 # -- Regression stage and training
 DENSE_UNITS = 64  # of the layer between the LSTM and the count
 BATCH_SIZE = 32  # windows in a step
-EPOCHS = 50  # passes over the training windows; fewer for a quick look
+EPOCHS = 50  # fewer for a quick look
 # SGD learns first what many frames share, last what is peculiar to one; "adam" does not.
 OPTIMIZER = {"class_name": "sgd",
              "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
 LEARNING_RATE = 0.03  # falls to 0 along a half cosine; 1e-3 for "adam"
-SEED = 0  # another seed, another model: publish mean and standard deviation of several
+SEED = 0  # publish mean and standard deviation over several
 
 # -- Evaluation and use
 TOLERANCE = 0.20  # counts within this share of the truth are accurate
@@ -110,7 +109,7 @@ class InputError(ValueError):
 def at(path):
     """A path from the constants, relative to this script's folder unless absolute."""
     if not isinstance(path, (str, Path)):
-        raise InputError(f"{path!r}: make this constant a path, in quotes")
+        raise InputError(f"{path!r}: make it a path, in quotes")
     return ROOT / Path(path).expanduser()
 
 
@@ -118,7 +117,7 @@ def choose_precision():
     """PRECISION; if "auto", bfloat16 where the CPU has units for it: twice the speed."""
     if PRECISION != "auto":
         return PRECISION
-    processor = Path("/proc/cpuinfo")  # on Linux
+    processor = Path("/proc/cpuinfo")
     flags = processor.read_text() if processor.exists() else ""
     has_units = re.search("avx512_bf16|amx_bf16", flags)
     return "mixed_bfloat16" if has_units else "float32"
@@ -126,21 +125,23 @@ def choose_precision():
 
 def check_constants():
     """Raises InputError for constants that would fail late or obscurely."""
-    limits = {  # of the kind that the constants must be, int or float
+    limits = {  # (lowest, highest): names; two ints allow ints alone
+        (32, 10**4): ["FRAME_SIZE"],
         (1, 1000): ["SEQUENCE_LENGTH", "FRAME_BATCH"],
         (1, 10**6): ["LSTM_UNITS", "DENSE_UNITS", "BATCH_SIZE", "EPOCHS"],
         (0, 10**6): ["PROJECTION", "SEED"],
         (0.0, 1.0): ["AUGMENT", "TOLERANCE"],
         (0.0, 0.99): ["TRAIN_FRACTION", "LSTM_DROPOUT"],
-        (-99.0, 99.0): ["FORGET_BIAS", "LEARNING_RATE", "UNFAMILIAR"],
+        (0.0, 99.0): ["LEARNING_RATE", "UNFAMILIAR"],
     }
     for (low, high), names in limits.items():
         for name in names:
             value, kind = globals()[name], type(low)
-            if not (isinstance(value, (int, kind)) and low <= value <= high):
+            numbers = np.ravel(value).tolist()
+            if not all(isinstance(x, (int, kind)) and low <= x <= high for x in numbers):
                 raise InputError(f"{name} = {value!r}: make it {kind.__name__}, {low} to {high}")
-    if np.shape(FRAME_SIZE) != (2,) or min(FRAME_SIZE) < 32:
-        raise InputError(f"{FRAME_SIZE = }: make it (height, width), 32 or more")
+    if np.shape(FRAME_SIZE) != (2,):
+        raise InputError(f"{FRAME_SIZE = }: make it (height, width)")
     try:
         keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
         keras.DTypePolicy(choose_precision())
@@ -160,15 +161,16 @@ def write_files(folder, writers):
 
 def open_cache(folder, key, files, shape):
     """The array on disk, float32, for this key and these files; NaN where nothing is
-    computed yet. All else in folder goes."""
+    computed yet. Those of other keys in folder go."""
     states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.md5(repr((key, shape, states)).encode()).hexdigest()
-    path = folder / f"{digest}.npy"
+    path = folder / f"cache_{digest}.npy"
     try:
         np.load(path, mmap_mode="r")  # "r+" would fill up a cut file with zeros
     except (OSError, EOFError, ValueError):  # not there yet, or damaged
-        shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
+        for other in folder.glob("cache_*.npy"):
+            other.unlink()
         empty = np.full(shape, np.nan, "float32")
         write_files(folder, {path.name: lambda new: np.save(new, empty)})
     return np.load(path, mmap_mode="r+")
@@ -196,12 +198,12 @@ def read_labels(path):
             table = pd.DataFrame({"id": range(1, len(counts) + 1), "count": counts}, dtype=str)
             table.index += 1
         else:
-            encoding = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
-            separator = {"sep": None, "engine": "python"}  # whichever it is
-            rows = {"index_col": False, "skip_blank_lines": False}
-            table = pd.read_csv(path, dtype=str, **encoding, **separator, **rows)
-            table.columns = table.columns.str.strip().str.lower()
-            table.index += 2
+            options = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+            options |= {"sep": None, "engine": "python"}  # whatever separates
+            table = pd.read_csv(path, dtype=str, header=None, skip_blank_lines=False, **options)
+            table.columns = table.iloc[0].str.strip().str.lower()
+            table.index += 1
+            table = table[1:]
         table = table[["id", "count"]].dropna(how="all")
         table.columns = ["id", "count"]  # fails for a column that is there twice
     except Exception as error:  # SciPy and pandas raise many kinds
@@ -252,7 +254,7 @@ def read_image(source):
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def find_damage(sources):
+def find_readable(sources):
     """The rows of the sources that read_image can read, and a line about the others."""
 
     def find_problem(source):
@@ -263,25 +265,25 @@ def find_damage(sources):
 
     with ThreadPoolExecutor() as pool:
         problems = list(pool.map(find_problem, sources))
-    good = [row for row, problem in enumerate(problems) if not problem]
+    readable = [row for row, problem in enumerate(problems) if not problem]
     n, named = len(sources), shorten("; ".join(filter(None, problems)), 200)
-    return good, f"{n - len(good)} of {n} frames cannot be read: {named}"
+    return readable, f"{n - len(readable)} of {n} frames cannot be read: {named}"
 
 
 def check_frames(paths):
     """Raises InputError for frames that cannot be read, or are not those of LABELS."""
-    good, line = find_damage(paths)
-    if len(good) < len(paths):
-        raise InputError(f"{at(FRAMES)}: {line}; replace them")
+    readable, problem = find_readable(paths)
+    if len(readable) < len(paths):
+        raise InputError(f"{at(FRAMES)}: {problem}; replace them")
     if b"synthetic mall sample" in paths[0].read_bytes():
-        print("They are rendered, not real people; the README tells how to use Mall.")
+        print("The frames are rendered; the README tells how to use real ones.")
     elif hashlib.md5(at(LABELS).read_bytes()).hexdigest() == SAMPLE_LABELS:
         raise InputError(f"{at(LABELS)}: labels of the sample, not of these frames; set LABELS")
 
 
 def jitter(image, rng):
     """A copy in other light (up to 15%, tint 5%), the camera nudged (2% of the width, zoom
-    3%), black where that sees beyond the picture."""
+    3%), black beyond the picture."""
     zoom = rng.uniform(0.97, 1.03)
     shift = rng.uniform(-0.02, 0.02, 2) * image.width
     left, top = shift + np.array(image.size) * (1 - zoom) / 2
@@ -293,7 +295,7 @@ def jitter(image, rng):
 
 
 class Frames:
-    """Pictures read like an array: frames[rows] is (*rows.shape, height, width, 3) uint8.
+    """Pictures read like an array: frames[rows] is (len(rows), height, width, 3) uint8.
     sources: of N frames, see read_image. A share AUGMENT of the first n_train has jittered
     copies, in the rows after all frames; copy_of (N,): the row of each frame's copy or own."""
 
@@ -301,18 +303,17 @@ class Frames:
         copied = np.linspace(0, n_train, round(n_train * AUGMENT), endpoint=False).astype(int)
         self.sources = [*sources, *(sources[row] for row in copied)]
         self.size = size
-        self.copy_of = np.arange(len(sources))
-        self.copy_of[copied] = np.arange(len(sources), len(self.sources))
+        self.n = len(sources)
+        self.copy_of = np.arange(self.n)
+        self.copy_of[copied] = np.arange(self.n, len(self.sources))
 
     def __getitem__(self, rows):
-        distinct = np.unique(rows)  # windows share frames
         with ThreadPoolExecutor() as pool:
-            pictures = np.stack(list(pool.map(self.load, distinct)))
-        return pictures[np.searchsorted(distinct, rows)]
+            return np.stack(list(pool.map(self.load, rows)))
 
     def load(self, row):
         image = read_image(self.sources[row]).resize(self.size[::-1], Image.BILINEAR)
-        if row >= len(self.copy_of):  # a copy
+        if row >= self.n:  # a copy
             image = jitter(image, np.random.default_rng((SEED, row)))
         return np.asarray(image)
 
@@ -328,9 +329,9 @@ def make_windows(ids, length):
 
 class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames.
-    images: Frames, or an array of their features. windows: rows (M, T). counts: people in
-    the last frame of each window (M,). copy_of: for training, that of Frames; every epoch
-    then shuffles the windows and shows half of them in copies, where there are some."""
+    images: an array, a row an image. windows: rows (M, T). counts: people in the last frame
+    of each window (M,). copy_of: for training, that of Frames; every epoch then shuffles the
+    windows and shows, in half of them, the copy of each frame that has one."""
 
     def __init__(self, images, windows, counts, copy_of=None):
         super().__init__()
@@ -417,8 +418,9 @@ def fold_batchnorm(resnet):
             convolution.set_weights([kernel * gain, (bias - mean) * gain + beta])
         elif layer.weights:
             folded.get_layer(layer.name).set_weights(layer.get_weights())
+    precision = choose_precision()
     for layer in folded.layers:
-        layer.dtype_policy = choose_precision()
+        layer.dtype_policy = precision
     return folded
 
 
@@ -426,7 +428,7 @@ def build_backbone(resnet, grids):
     """ResNet50 read at the layers of grids: frames (H, W, 3) uint8 -> features (F,), the
     mean and standard deviation of each layer, (h, w, C), over the cells of its grid."""
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    maps = keras.tree.flatten(fold_batchnorm(resnet)(normalise(frame)))  # one comes bare
+    maps = keras.tree.flatten(fold_batchnorm(resnet)(normalise(frame)))  # one is no list
     features = []
     for x, (rows, columns) in zip(maps, grids.values()):
         x = ops.cast(x, "float32")  # (h, w, C)
@@ -442,19 +444,18 @@ def build_backbone(resnet, grids):
 
 def build_spatial(backbone, features, trained_on):
     """Stage 1, for one frame: (H, W, 3) uint8 -> its feature vector (F,), standardised by
-    the training images, rows trained_on, to a mean squared length of 1. Does that to
-    features (N + C, F), too, in place."""
+    the training images, rows trained_on, to a mean squared length of 1. Returns the model,
+    and features (N + C, F) standardised."""
     scaler = StandardScaler().fit(features[trained_on])
     scale = scaler.scale_ * math.sqrt(features.shape[1])
-    features -= scaler.mean_.astype("float32")
-    features /= scale.astype("float32")
+    features = (features - scaler.mean_.astype("float32")) / scale.astype("float32")
     longest = max(float(np.linalg.norm(features[trained_on], axis=1).max()), 1e-3)
-    variance = np.square(scale * longest)
+    variance = np.square(scale * longest)  # divides by longest, too
     x = layers.Normalization(mean=scaler.mean_, variance=variance)(backbone.output)
-    x = layers.Rescaling(longest, name="longest")(x)  # keeps that number for count_people
+    x = layers.Rescaling(longest, name="longest")(x)  # undoes that: saved for count_people
     spatial = keras.Model(backbone.input, x, name="resnet50_features")
     spatial.trainable = False
-    return spatial
+    return spatial, features
 
 
 # == Model, stages 2 and 3: temporal, regression ========
@@ -524,12 +525,11 @@ def extract_features(frames, n_train, cache):
     backbone = build_backbone(resnet, grids)
     precision = choose_precision()
     constants = (FRAME_SIZE, FRAME_BATCH, FEATURE_SPREAD, SEED, grids, n_train)
-    versions = (4, keras.__version__, keras.backend.backend())  # 5 when features change
+    versions = (4, keras.__version__, keras.backend.backend())  # 4: of this code
     key = (constants, versions, weights, precision, resnet.count_params())
     files = [*frames.sources, *filter(Path.is_file, [at(WEIGHTS or "")])]
     array = open_cache(cache, key, files, (len(frames.sources), backbone.output_shape[1]))
-    n, copies = len(frames.copy_of), len(array) - len(frames.copy_of)
-    print(f"ResNet50 ({weights}, {precision}) reads {n} frames, {copies} copies:")
+    print(f"ResNet50 ({weights}, {precision}) reads {frames.n} frames, {len(array) - frames.n} copies:")
     print(f"{array.shape[1]:,} numbers of each, from {', '.join(grids)}.")
     features = fill_rows(array, lambda rows: read_features(backbone, frames, rows))
     return backbone, features, weights
@@ -543,14 +543,13 @@ def train(model, training, validation):
     optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
     variance = max(float(training.counts.var()), 1.0)
     model.compile(optimizer, "mse", loss_weights=1 / variance, metrics=["mse", "mae"])
-    options = {"epochs": EPOCHS, "shuffle": False, "verbose": 2}
-    fit = model.fit(training, validation_data=validation, **options)
+    fit = model.fit(training, validation_data=validation, epochs=EPOCHS, shuffle=False, verbose=2)
     return pd.DataFrame(fit.history, index=pd.RangeIndex(1, EPOCHS + 1, name="epoch"))
 
 
 # == Evaluation: metrics, figures, results ========
 def measure(true, predicted):
-    """Metrics of counts. accuracy: the share within TOLERANCE, for a true 0 of what rounds to 0."""
+    """Metrics of counts. accuracy: share within TOLERANCE; a true 0 needs one that rounds to 0."""
     error = np.abs(predicted - true)
     accurate = np.where(true == 0, np.round(predicted) == 0, error <= TOLERANCE * true)
     mse = np.mean(error**2)
@@ -560,11 +559,10 @@ def measure(true, predicted):
 def draw_figures(history, validation, baseline, paths, title):
     """Figures of a run {name: figure}. validation: id, true, predicted of frames in paths."""
     loss, axes = plt.subplots(figsize=(6, 4))
-    axes.plot(history.index - 0.5, history["mse"], label="training: mean over the epoch")
-    axes.plot(history.index, history["val_mse"], "--", label="validation: after the epoch")
-    axes.axhline(baseline["mse"], color="0.5", ls=":", label="validation: the mean count")
-    axes.set_yscale("function", functions=(np.sqrt, np.square))
-    axes.set(ylim=0, xlabel="Epoch", ylabel="Mean squared error (people²)")
+    axes.plot(history.index - 0.5, history["mse"] ** 0.5, label="training: mean over the epoch")
+    axes.plot(history.index, history["val_mse"] ** 0.5, "--", label="validation: after the epoch")
+    axes.axhline(baseline["rmse"], color="0.5", ls=":", label="validation: the mean count")
+    axes.set(ylim=0, xlabel="Epoch", ylabel="Root of the mean squared error (people)")
     axes.legend()
 
     predictions, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2))
@@ -658,38 +656,38 @@ def count_people(model, frames, cache=None):
     """Counts the people in new frames of the camera that a model was trained on.
     model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, or paths or
     uint8 RGB arrays (H, W, 3) in time order, about at the frame rate of training. cache: a
-    folder from which an interrupted count goes on. Returns a DataFrame, a row a frame,
-    indexed by file name: count, and unfamiliar, True for a frame unlike all training
+    folder from which an interrupted count of files goes on. Returns a DataFrame, a row a
+    frame, indexed by file name: count, and unfamiliar, True for a frame unlike all training
     frames; both empty where it cannot be read. Raises InputError."""
     sources = frames
     if isinstance(frames, (str, Path)):
         sources = list_pictures(Path(frames).expanduser())
     sources = [Path(source) if isinstance(source, str) else source for source in sources]
-    spatial, temporal, regression = load_stages(model)
-    backbone = spatial.layer
-    good, line = find_damage(sources)
-    if not good:
-        remedy = f"no frames to count ({line}); of a video: ffmpeg -i VIDEO %06d.jpg"
-        raise InputError(f"{shorten(str(frames), 200)}: {remedy}")
-    if len(good) < len(sources):
-        print(f"{line}; their counts stay empty.")
-    images = Frames([sources[row] for row in good], backbone.input_shape[1:3])
-    windows = make_windows(good, temporal.input_shape[1])
-    array = np.full((len(good), 2), np.nan, "float32")
+    distributed, temporal, regression = load_stages(model)
+    spatial = distributed.layer
+    readable, problem = find_readable(sources)
+    if not readable:
+        remedy = "no frames to count; of a video: ffmpeg -i VIDEO %06d.jpg"
+        raise InputError(f"{shorten(str(frames), 200)}: {remedy}; {problem}")
+    if len(readable) < len(sources):
+        print(f"{problem}; their counts stay empty.")
+    images = Frames([sources[row] for row in readable], spatial.input_shape[1:3])
+    windows = make_windows(readable, temporal.input_shape[1])
+    array = np.full((len(readable), 2), np.nan, "float32")
     if cache:
-        array = open_cache(cache, FRAME_BATCH, [model, *sources], array.shape)
+        array = open_cache(Path(cache), FRAME_BATCH, [Path(model), *sources], array.shape)
 
     def count(rows):
         """(people, length of the last feature vector) of the windows of rows: (n, 2)."""
         seen = np.unique(windows[rows])
-        features = read_features(backbone, images, seen)
+        features = read_features(spatial, images, seen)
         features = features[np.searchsorted(seen, windows[rows])]  # (n, T, F)
         people = regression.predict_on_batch(temporal.predict_on_batch(features))
         return np.column_stack([people, np.linalg.norm(features[:, -1], axis=1)])
 
     counts, lengths = fill_rows(array, count).T
-    unfamiliar = pd.array(lengths > UNFAMILIAR * float(backbone.get_layer("longest").scale))
-    table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=good)
+    unfamiliar = pd.array(lengths > UNFAMILIAR * float(spatial.get_layer("longest").scale))
+    table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=readable)
     table = table.reindex(range(len(sources)))
     names = [getattr(source, "name", row) for row, source in enumerate(sources)]
     return table.set_axis(pd.Index(names, name="frame"))
@@ -726,7 +724,7 @@ def main():
     frames = Frames(paths, FRAME_SIZE, n_train)
     backbone, features, weights = extract_features(frames, n_train, outputs / "feature_cache")
     trained_on = np.r_[:n_train, n : len(features)]  # training frames and their copies
-    spatial = build_spatial(backbone, features, trained_on)
+    spatial, features = build_spatial(backbone, features, trained_on)
 
     # Temporal and regression: trained on windows of coordinates (N + C, K).
     keras.utils.set_random_seed(SEED)
@@ -751,7 +749,7 @@ def main():
 
 def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
-    tf.get_logger().setLevel("ERROR")  # no warning of a new batch size
+    tf.get_logger().setLevel("ERROR")  # quiet about a last, smaller batch
     try:
         main()
     except (InputError, OSError) as error:

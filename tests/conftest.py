@@ -185,8 +185,8 @@ def start(arguments, cwd, **environment):
 
 @pytest.fixture(scope="session", autouse=True)
 def processes(request, first_run, tmp_path_factory):
-    """{test: (its folder, its process, to be waited for)}: one after another beside all other tests, for those tests of
-    test_script.py that were asked for."""
+    """{test: (its folder, its process, to be waited for)}: one after another beside all other tests, for those tests
+    that were asked for."""
     user, bad, killed = (make_video(tmp_path_factory.mktemp(name)) for name in ("user", "bad", "killed"))
     (bad / "labels.csv").unlink()
     alone = tmp_path_factory.mktemp("alone")
@@ -194,7 +194,14 @@ def processes(request, first_run, tmp_path_factory):
     code = "import os, signal; before = signal.getsignal(2), os.fstat(2); import tscrowdnet_train as ts; "
     code += "print(ts.EPOCHS, (signal.getsignal(2), os.fstat(2)) == before)"
     killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
+    frames = ts.Frames(sorted((first_run / "frames" / "frames").iterdir()), TINY["FRAME_SIZE"])
+    np.save(alone.with_name("windows.npy"), frames[range(20)][ts.make_windows(np.arange(20), 5)])
+    files = [first_run / "outputs" / "ts_crowdnet.keras", alone.with_name("windows.npy"), alone.with_name("counts.npy")]
     runs = {
+        "test_the_saved_model_predicts_on_frames_what_was_predicted_from_features": (
+            alone.parent,
+            [SCRIPT.parent / "tests" / "predict_saved.py", *files],
+        ),
         "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)]),
         "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, killed_runs),
         "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),

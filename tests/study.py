@@ -73,10 +73,9 @@ def predict(features, counts, ids, train, tests):
     copied = train[ts.Frames(train, ts.FRAME_SIZE, len(train)).copy_of >= len(train)]  # as the script chooses
     copy_of = np.arange(n)
     copy_of[copied] = n + copied
-    known = features.copy()
-    raw = keras.Input(known.shape[1:])
+    raw = keras.Input(features.shape[1:])
     trained_on = np.union1d(train, copy_of[train])
-    spatial = ts.build_spatial(keras.Model(raw, raw), known, trained_on)
+    spatial, known = ts.build_spatial(keras.Model(raw, raw), features, trained_on)
     keras.utils.set_random_seed(ts.SEED)
     basis = ts.find_basis(known[trained_on])
     known = known @ basis

@@ -207,3 +207,14 @@ def test_a_count_that_was_cut_short_goes_on_where_it_was(finished, constants, mo
     counts = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")["count"]
     expected = ts.count_people(finished / "outputs" / "ts_crowdnet.keras", footage)["count"]
     np.testing.assert_allclose(counts, expected, atol=1e-3)
+
+
+def test_a_cache_leaves_the_other_files_of_its_folder_alone(finished):
+    """With paths as text, as in the README."""
+    paths = [str(path) for path in sorted((finished / "frames" / "frames").iterdir())[:3]]
+    folder = finished / "outputs"
+    before = sorted(folder.rglob("*"))
+    counts = ts.count_people(str(folder / "ts_crowdnet.keras"), paths, cache=str(folder))
+    assert len(counts) == 3
+    (cache,) = set(folder.rglob("*")) - set(before)
+    assert cache.name.startswith("cache_") and set(before) <= set(folder.rglob("*"))

@@ -92,14 +92,6 @@ def test_about_half_of_the_windows_show_copies_and_every_epoch_draws_anew(monkey
     assert np.mean(with_copies) == pytest.approx(able / 2, abs=0.12)
 
 
-def test_frames_that_windows_share_are_read_once(video, constants, monkeypatch):
-    frames = ts.Frames(ts.find_frames(range(1, 21)), (48, 64))
-    expected = np.stack([frames[window] for window in ([2, 3, 4], [3, 4, 5])])
-    load, read = ts.Frames.load, []
-    monkeypatch.setattr(ts.Frames, "load", lambda frames, row: read.append(row) or load(frames, row))
-    assert (frames[np.array([[2, 3, 4], [3, 4, 5]])] == expected).all() and sorted(read) == [2, 3, 4, 5]
-
-
 LABELS = {
     "plain": b"id,count\n1,5\n2,0\n3,7\n",
     "any order, other columns, unsorted": b"weather,count,id\nsun,7,3\nrain,5,1\n,0,2\n",

@@ -91,6 +91,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "id a name": (labels("id,count\nseq_1,2\n"), {}, ["row 2", "id", "'seq_1'"]),
     "many bad rows": (labels("id,count\n1,a\n2,b\n3,c\n"), {}, ["row 2", "'a'"]),
     "bad row after blank lines": (labels("id,count\n\n\n1,5\n2,b\n"), {}, ["row 5", "'b'"]),
+    "a column twice, alike": (labels("id,count,count\n1,2,3\n"), {}, ["labels.csv", "first line", "id,count"]),
+    "thousands with a comma": (labels("id,count\n1,1,234\n2,1,300\n"), {}, ["labels.csv", "line 2"]),
     "a row longer than the others": (labels("id,count\n1,5\n2,3,4\n"), {}, ["labels.csv", "line 3"]),
     "no .mat file": (None, MAT, ["mall_gt.mat", "No such file"]),
     ".mat without count": (mat(frame=np.zeros(3)), MAT, ["mall_gt.mat", "'count'"]),
@@ -128,8 +130,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "weight file missing": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "no such file"]),
     "weight file no HDF5": (write("resnet.h5", b"404 not found"), {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
     "unknown layer": (None, {"FEATURE_LAYERS_RANDOM": {"conv9": (1, 1)}}, ["FEATURE_LAYERS_RANDOM", "conv9"]),
-    "no path": (None, {"LABELS": None}, ["None: make this constant a path"]),
-    "COUNT is no switch": (None, {"COUNT": True}, ["True: make this constant a path"]),
+    "no path": (None, {"LABELS": None}, ["None: make it a path"]),
+    "COUNT is no switch": (None, {"COUNT": True}, ["True: make it a path"]),
     "no precision": (None, {"PRECISION": "bf16"}, ["PRECISION = 'bf16'"]),
     "outputs is a file": (write("taken", b""), {"OUTPUTS": "taken"}, ["taken"]),
     "outputs below a file": (write("taken", b""), {"OUTPUTS": "taken/outputs"}, ["taken"]),
@@ -139,11 +141,11 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     f"{name} = {value!r}": (None, {name: value}, [f"{name} = ", repr(value)])
     for name, value in [
         ("TRAIN_FRACTION", 1), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5), ("EPOCHS", -1),
-        ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)),
-        ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("LSTM_DROPOUT", -1), ("LSTM_DROPOUT", 1.0), ("PROJECTION", -1), ("DENSE_UNITS", 0), ("FORGET_BIAS", "low"), ("OPTIMIZER", "sdg"), ("OPTIMIZER", {"class_name": "sgd", "config": {"momentun": 1}}),
+        ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)), ("FRAME_SIZE", (300.0, 400.0)), ("FRAME_SIZE", ("300", "400")),
+        ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("LSTM_DROPOUT", -1), ("LSTM_DROPOUT", 1.0), ("PROJECTION", -1), ("DENSE_UNITS", 0), ("OPTIMIZER", "sdg"), ("OPTIMIZER", {"class_name": "sgd", "config": {"momentun": 1}}),
         ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0),
         ("AUGMENT", 25), ("TOLERANCE", 20), ("TRAIN_FRACTION", 80),
-        ("AUGMENT", -1), ("AUGMENT", 2), ("LEARNING_RATE", "low"), ("OPTIMIZER", None), ("UNFAMILIAR", "1.05"),
+        ("AUGMENT", -1), ("AUGMENT", 2), ("LEARNING_RATE", "low"), ("LEARNING_RATE", -0.03), ("OPTIMIZER", None), ("UNFAMILIAR", "1.05"),
     ]  # fmt: skip
 }
 

@@ -178,7 +178,7 @@ def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsy
         constants(OUTPUTS=video / "outputs")
         with pytest.raises(KeyboardInterrupt):
             ts.main()
-        assert ("They are rendered" in capsys.readouterr().out) is said
+        assert ("frames are rendered" in capsys.readouterr().out) is said
 
 
 def test_a_run_takes_paths_and_leaves_files_of_others_alone(first_run, finished, run):
