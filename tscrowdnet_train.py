@@ -96,7 +96,7 @@ SEED = 0  # publish mean and standard deviation over several
 # -- Evaluation and use
 TOLERANCE = 0.20  # counts within this share of the truth are accurate
 COUNT = None  # a folder of new frames to count with the model in OUTPUTS, not to train
-UNFAMILIAR = 1.05  # mark frames whose feature vector is this x the longest trained on
+UNFAMILIAR = 1.05  # mark frames of feature vectors above this x the longest trained on
 
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 SAMPLE_LABELS = "78609c47c0093b7d9b7a8d3baa543fd5"  # MD5 of the shipped labels.csv
@@ -145,7 +145,7 @@ def check_constants():
     try:
         keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
         keras.DTypePolicy(choose_precision())
-    except Exception as error:  # Keras raises many kinds
+    except Exception as error:  # of many kinds
         raise InputError(f"{OPTIMIZER = }, {PRECISION = }: {error}") from None
 
 
@@ -206,7 +206,7 @@ def read_labels(path):
             table = table[1:]
         table = table[["id", "count"]].dropna(how="all")
         table.columns = ["id", "count"]  # fails for a column that is there twice
-    except Exception as error:  # SciPy and pandas raise many kinds
+    except Exception as error:  # of many kinds
         remedy = "set LABELS to a CSV whose first line is id,count, or to mall_gt.mat"
         raise InputError(f"{path}: {remedy} ({error})") from None
     values = table.apply(pd.to_numeric, errors="coerce").astype(float)
@@ -260,7 +260,7 @@ def find_readable(sources):
     def find_problem(source):
         try:
             read_image(source)
-        except Exception as error:  # Pillow raises many kinds
+        except Exception as error:  # of many kinds
             return f"{getattr(source, 'name', 'array')}: {error!r}"
 
     with ThreadPoolExecutor() as pool:
@@ -375,7 +375,7 @@ def load_resnet50():
         raise InputError(f"{path}: no such file; correct WEIGHTS")
     try:
         return build(str(path)), Path(path).name, False
-    except Exception as error:  # h5py and Keras raise many kinds
+    except Exception as error:  # of many kinds
         problem = shorten(str(error), 150)
     if path != "imagenet":
         raise InputError(f"{path}: no weights of Keras's ResNet50 without top ({problem})")
@@ -473,8 +473,8 @@ def build_temporal(n_features):
 
 
 def find_basis(features):
-    """An orthonormal basis (F, K) of the span of the training images' features (K, F). SGD
-    moves the projection only within it: trained on coordinates there, it is the same."""
+    """An orthonormal basis (F, K) of what the training images' features (M, F) span. SGD does
+    not leave that span: the projection trains on K coordinates as on F numbers, but faster."""
     if PROJECTION:
         return np.linalg.qr(features.T)[0]
     return scipy.sparse.eye_array(features.shape[1], dtype="float32")
@@ -493,7 +493,7 @@ def build_regression(counts):
 def build_network(spatial, temporal, basis, regression):
     """The three stages in a row: windows (T, H, W, 3) uint8 -> people (1,). temporal was
     trained on coordinates (T, K) in basis (F, K); here it takes feature vectors (T, F)."""
-    first, *others = temporal.get_weights()  # the kernel that meets the coordinates
+    first, *others = temporal.get_weights()  # first: the kernel (K, ...) of its first layer
     temporal = build_temporal(basis.shape[0])
     temporal.set_weights([basis @ first, *others])
     windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="windows")
@@ -595,7 +595,7 @@ def draw_counts(table):
     axes.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3)
     doubtful = table["unfamiliar"].fillna(True).to_numpy(float)[np.newaxis]
     area = (-0.5, len(table) - 0.5, *axes.get_ylim())
-    axes.imshow(doubtful, cmap="Greys", vmin=0, vmax=5, aspect="auto", extent=area)
+    axes.imshow(doubtful, "Greys", vmin=0, vmax=5, aspect="auto", extent=area)  # light grey
     axes.set(xlabel="Frame, from 0 (grey: unlike training, or unreadable)", ylabel="People")
     return {"counts": figure}
 
@@ -635,8 +635,8 @@ def save_results(outputs, model, history, table, paths, run):
     title = line.format("Validation frames", TOLERANCE, **metrics)
     title += "\n" + line.format("Always the mean count", TOLERANCE, **baseline)
     print(f"\n{title}\nResNet50 weights: {run['weights']}. Results: {outputs}")
-    paths = paths[n_train:]
-    save_figures(outputs, lambda: draw_figures(history, validation, baseline, paths, title))
+    shown = paths[n_train:]
+    save_figures(outputs, lambda: draw_figures(history, validation, baseline, shown, title))
 
 
 # == Counting new footage ========
@@ -647,7 +647,7 @@ def load_stages(model):
         if isinstance(model, (str, Path)):
             loaded = keras.saving.load_model(Path(model).expanduser(), compile=False)
         return [loaded.get_layer(stage) for stage in ("spatial", "temporal", "regression")]
-    except Exception as error:  # zipfile, h5py and Keras raise many kinds
+    except Exception as error:  # of many kinds
         problem = f"not written by this script with Keras {keras.__version__}"
         raise InputError(f"{model}: {problem}; train a model first ({error})") from None
 
