@@ -74,7 +74,7 @@ FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
                          "conv2_block3_out": (3, 2)}
 FEATURE_SPREAD = True  # each cell's standard deviation, too; False: its mean alone
 AUGMENT = 0.25  # share of training frames with a copy in other light, the camera nudged
-PRECISION = "auto"  # a Keras dtype policy; auto: bfloat16 where the CPU has units for it
+PRECISION = "auto"  # or "float32", "mixed_bfloat16", which is faster on CPUs made for it
 FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out
 
 # -- Temporal stage: projection and LSTM
@@ -87,7 +87,7 @@ FORGET_BIAS = -2.0  # higher: earlier frames weigh more from the start (Keras: 1
 DENSE_UNITS = 64  # of the layer between the LSTM and the count
 BATCH_SIZE = 32  # windows in a step
 EPOCHS = 50  # fewer for a quick look
-# SGD learns first what many frames share, last what is peculiar to one; "adam" does not.
+# SGD learns first what many frames share, last what is peculiar to one.
 OPTIMIZER = {"class_name": "sgd",
              "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
 LEARNING_RATE = 0.03  # falls to 0 along a half cosine; 1e-3 for "adam"
@@ -126,30 +126,31 @@ def choose_precision():
 def check_constants():
     """Raises InputError for constants that would fail late or obscurely."""
     limits = {  # (lowest, highest): names; two ints allow ints alone
-        (32, 10**4): ["FRAME_SIZE"],
         (1, 1000): ["SEQUENCE_LENGTH", "FRAME_BATCH"],
         (1, 10**6): ["LSTM_UNITS", "DENSE_UNITS", "BATCH_SIZE", "EPOCHS"],
         (0, 10**6): ["PROJECTION", "SEED"],
         (0.0, 1.0): ["AUGMENT", "TOLERANCE"],
         (0.0, 0.99): ["TRAIN_FRACTION", "LSTM_DROPOUT"],
         (0.0, 99.0): ["LEARNING_RATE", "UNFAMILIAR"],
+        (-99.0, 99.0): ["FORGET_BIAS"],
     }
     for (low, high), names in limits.items():
         for name in names:
             value, kind = globals()[name], type(low)
-            numbers = np.ravel(value).tolist()
-            if not all(isinstance(x, (int, kind)) and low <= x <= high for x in numbers):
+            if not (isinstance(value, (int, kind)) and low <= value <= high):
                 raise InputError(f"{name} = {value!r}: make it {kind.__name__}, {low} to {high}")
-    if np.shape(FRAME_SIZE) != (2,):
-        raise InputError(f"{FRAME_SIZE = }: make it (height, width)")
+    size = np.array(FRAME_SIZE)
+    if size.shape != (2,) or size.dtype.kind != "i" or size.min() < 32:
+        raise InputError(f"{FRAME_SIZE = }: make it (height, width), ints from 32")
+    if choose_precision() not in ("float32", "mixed_bfloat16"):
+        raise InputError(f"{PRECISION = }: make it auto, float32 or mixed_bfloat16")
     try:
         keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
-        keras.DTypePolicy(choose_precision())
     except Exception as error:  # of many kinds
-        raise InputError(f"{OPTIMIZER = }, {PRECISION = }: {error}") from None
+        raise InputError(f"{OPTIMIZER = }: {error}") from None
 
 
-# == Files in OUTPUTS: whole or absent, whenever a run is cut short ========
+# == Files in OUTPUTS: whole or absent ========
 def write_files(folder, writers):
     """Writes files {name: write(path)} elsewhere, then moves them into folder."""
     with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
@@ -227,11 +228,10 @@ def list_pictures(folder):
 
 def find_frames(ids):
     """The N labelled frames in FRAMES, by the last number in their names. Raises InputError."""
-    numbered = {}  # {number: path}
+    numbered = {}
     for path in list_pictures(at(FRAMES)):
         if number := re.search(r"(\d+)\D*$", path.stem):
-            twin = numbered.setdefault(int(number[1]), path)
-            if twin != path:
+            if (twin := numbered.setdefault(int(number[1]), path)) != path:
                 raise InputError(f"{twin} and {path.name} have one number; move one away")
     missing = [int(frame) for frame in ids if frame not in numbered]
     if missing:
@@ -635,8 +635,8 @@ def save_results(outputs, model, history, table, paths, run):
     title = line.format("Validation frames", TOLERANCE, **metrics)
     title += "\n" + line.format("Always the mean count", TOLERANCE, **baseline)
     print(f"\n{title}\nResNet50 weights: {run['weights']}. Results: {outputs}")
-    shown = paths[n_train:]
-    save_figures(outputs, lambda: draw_figures(history, validation, baseline, shown, title))
+    shown = (history, validation, baseline, paths[n_train:], title)
+    save_figures(outputs, lambda: draw_figures(*shown))
 
 
 # == Counting new footage ========
@@ -656,8 +656,8 @@ def count_people(model, frames, cache=None):
     """Counts the people in new frames of the camera that a model was trained on.
     model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, or paths or
     uint8 RGB arrays (H, W, 3) in time order, about at the frame rate of training. cache: a
-    folder from which an interrupted count of files goes on. Returns a DataFrame, a row a
-    frame, indexed by file name: count, and unfamiliar, True for a frame unlike all training
+    folder, if all are paths: a count cut short goes on. Returns a DataFrame, a row a frame,
+    indexed by file name: count, and unfamiliar, True for a frame unlike all training
     frames; both empty where it cannot be read. Raises InputError."""
     sources = frames
     if isinstance(frames, (str, Path)):
@@ -667,15 +667,15 @@ def count_people(model, frames, cache=None):
     spatial = distributed.layer
     readable, problem = find_readable(sources)
     if not readable:
-        remedy = "no frames to count; of a video: ffmpeg -i VIDEO %06d.jpg"
-        raise InputError(f"{shorten(str(frames), 200)}: {remedy}; {problem}")
+        remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 FOLDER/%06d.jpg"
+        raise InputError(f"{shorten(str(frames), 99)}: no frames to count ({problem}); {remedy}")
     if len(readable) < len(sources):
         print(f"{problem}; their counts stay empty.")
     images = Frames([sources[row] for row in readable], spatial.input_shape[1:3])
     windows = make_windows(readable, temporal.input_shape[1])
     array = np.full((len(readable), 2), np.nan, "float32")
     if cache:
-        array = open_cache(Path(cache), FRAME_BATCH, [Path(model), *sources], array.shape)
+        array = open_cache(Path(cache), FRAME_BATCH, [Path(model), *images.sources], array.shape)
 
     def count(rows):
         """(people, length of the last feature vector) of the windows of rows: (n, 2)."""

@@ -145,7 +145,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
         ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("LSTM_DROPOUT", -1), ("LSTM_DROPOUT", 1.0), ("PROJECTION", -1), ("DENSE_UNITS", 0), ("OPTIMIZER", "sdg"), ("OPTIMIZER", {"class_name": "sgd", "config": {"momentun": 1}}),
         ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0),
         ("AUGMENT", 25), ("TOLERANCE", 20), ("TRAIN_FRACTION", 80),
-        ("AUGMENT", -1), ("AUGMENT", 2), ("LEARNING_RATE", "low"), ("LEARNING_RATE", -0.03), ("OPTIMIZER", None), ("UNFAMILIAR", "1.05"),
+        ("AUGMENT", -1), ("AUGMENT", 2), ("LEARNING_RATE", "low"), ("LEARNING_RATE", -0.03), ("FORGET_BIAS", None), ("FORGET_BIAS", "low"), ("SEQUENCE_LENGTH", (5, 5)), ("PRECISION", "bfloat16"), ("OPTIMIZER", None), ("UNFAMILIAR", "1.05"),
     ]  # fmt: skip
 }
 

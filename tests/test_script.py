@@ -135,7 +135,7 @@ def test_features_are_used_again_only_where_nothing_changed(finished, constants,
         assert features(**change) == (first, False), "the stages that learn do not change the features"
     names = {first}
     for change in (
-        {"FRAME_SIZE": (50, 64)}, {"SEED": 5}, {"AUGMENT": 0}, {"TRAIN_FRACTION": 0.5}, {"PRECISION": "bfloat16"},
+        {"FRAME_SIZE": (50, 64)}, {"SEED": 5}, {"AUGMENT": 0}, {"TRAIN_FRACTION": 0.5}, {"PRECISION": "mixed_bfloat16"},
         {"FEATURE_LAYERS_RANDOM": {"conv1_relu": (1, 1)}}, {"FEATURE_LAYERS_RANDOM": {"conv2_block1_out": (1, 1)}},
     ):  # fmt: skip
         name, new = features(**change)
