@@ -675,7 +675,7 @@ def count_people(model, frames, cache=None):
     windows = make_windows(readable, temporal.input_shape[1])
     array = np.full((len(readable), 2), np.nan, "float32")
     if cache:
-        array = open_cache(Path(cache), FRAME_BATCH, [Path(model), *images.sources], array.shape)
+        array = open_cache(Path(cache), readable, [Path(model), *images.sources], array.shape)
 
     def count(rows):
         """(people, length of the last feature vector) of the windows of rows: (n, 2)."""

@@ -218,3 +218,13 @@ def test_a_cache_leaves_the_other_files_of_its_folder_alone(finished):
     assert counts["count"].isna().tolist() == [False] * 3 + [True]
     (cache,) = set(folder.rglob("*")) - set(before)
     assert cache.name.startswith("cache_") and set(before) <= set(folder.rglob("*"))
+
+
+def test_a_cache_knows_which_frames_could_be_read(finished):
+    """Without its unreadable frame, the same footage has other windows."""
+    paths, model = sorted((finished / "frames" / "frames").iterdir())[:6], finished / "outputs" / "ts_crowdnet.keras"
+    damage(finished / "frames" / "frames", [3])
+    ts.count_people(model, paths, cache=finished / "cache")
+    del paths[2]
+    again = ts.count_people(model, paths, cache=finished / "cache")["count"]
+    np.testing.assert_allclose(again, ts.count_people(model, paths)["count"], atol=1e-4)
