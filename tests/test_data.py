@@ -1,6 +1,5 @@
 """Windows, split, Sequence, label formats and metrics."""
 
-import shutil
 
 import numpy as np
 import pytest
