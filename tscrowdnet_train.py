@@ -1,55 +1,72 @@
-"""TS-CrowdNet: count the people in a fixed-camera video with TimeDistributed ResNet50 + LSTM.
+"""TS-CrowdNet: count the people in a fixed-camera video with TimeDistributed ResNet50 + LSTM,
+trained from one number a frame; forty numbers, spread over the footage, go a long way.
 
     pip install -r requirements.txt && python tscrowdnet_train.py
 
-Reads    labels.csv                        id,count: the people that each frame shows
-         frames/frames/seq_000001.jpg ...  the frames of one fixed camera
+Reads    labels.csv                        id,count: the people in some of the pictures, or all
+         frames/frames/seq_000001.jpg ...  the pictures of one fixed camera
 Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in, counts out
          outputs/metrics.json, predictions.csv, history.csv; figures as .png and .pdf
+         feature_cache/                    what ResNet50 made of each picture
 
-N labelled frames, of which the first n_train train, with C jittered copies of some; T =
-SEQUENCE_LENGTH frames in a window; H x W = FRAME_SIZE; F numbers in a feature vector:
+A label makes a window: the T = SEQUENCE_LENGTH pictures that end at the labelled one. Of the
+windows, N in all, the first n_train train. They show P pictures, of which C have a jittered
+copy. H x W = FRAME_SIZE; F features of a picture; K = COMPONENTS numbers in a feature vector:
 
-    a window (T, H, W, 3) uint8
-    1. spatial     TimeDistributed(frozen ResNet50)         -> feature vectors (T, F)
-    2. temporal    the same Dense for each vector, an LSTM  -> memory (LSTM_UNITS,)
-    3. regression  Dense(relu), Dense(1)                    -> people in the last frame (1,)
+    windows of frames (N, T, H, W, 3) uint8
+    1. spatial     TimeDistributed(ResNet50 -> F features -> PCA)  -> feature vectors (N, T, K)
+    2. temporal    the same Dense for each vector, an LSTM         -> memory (N, LSTM_UNITS)
+    3. regression  Dense(gelu), Dense(1)                           -> people in the last frame (N, 1)
 
-Stage 1 does not learn: it reads the N + C images once. WindowSequence feeds windows of their
-feature vectors, as K coordinates (BATCH_SIZE, T, K), to stages 2 and 3, which train.
+Stage 1 is frozen, so it reads each of the P + C pictures once; a Sequence feeds windows of
+their feature vectors to stages 2 and 3, which train. With CACHE_FEATURES = False it feeds the
+windows of frames to all three.
 """
 
 import faulthandler
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
+import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends without a traceback
+    if "IPython" not in sys.modules:  # %run leaves a notebook its own Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
+    if os.environ.get("MPLBACKEND", "").startswith("module:"):  # inherited from a notebook
+        del os.environ["MPLBACKEND"]
     stderr = os.dup(2)
-    faulthandler.enable(stderr)  # crashes are told, TensorFlow's greeting is not
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    faulthandler.enable(stderr)  # crashes are told
+    if not shutil.which("nvidia-smi"):  # TensorFlow's greeting only where it may be about a GPU
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
     import keras
     import matplotlib.pyplot as plt
     import numpy as np
     import pandas as pd
     import scipy.io
-    import scipy.sparse
     import seaborn as sns
     import tensorflow as tf
     from keras import layers, ops
     from PIL import Image, ImageEnhance, ImageOps  # Pillow comes with matplotlib
-    from sklearn.preprocessing import StandardScaler
+    from sklearn import decomposition, preprocessing
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"Error: {error}; pip install -r requirements.txt, with Python 3.10 to 3.13")
 finally:
     if __name__ == "__main__":
         os.dup2(stderr, 2)
@@ -60,11 +77,11 @@ ROOT = Path(__file__).resolve().parent
 LABELS = "labels.csv"  # a CSV with columns id,count, or the official "mall_gt.mat"
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, ...: one fixed camera
 OUTPUTS = "outputs"  # a folder for each experiment
-SEQUENCE_LENGTH = 5  # frames in a window; more for a high frame rate
+SEQUENCE_LENGTH = 5  # pictures in a window; 1: all but as good on Mall, worse with few labels
 FRAME_SIZE = (300, 400)  # (height, width) fed to ResNet50; larger if people are small
-TRAIN_FRACTION = 0.8  # first part of the video; 0.4 for Mall's canonical split
+TRAIN_FRACTION = 0.8  # first part of the labels; 0.4: Mall's canonical split; 1: all, unvalidated
 
-# -- Spatial stage: frozen ResNet50
+# -- Spatial stage: frozen ResNet50, PCA
 WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random
 # Layers to read, and the grid (rows, columns) over which each is summarised.
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
@@ -73,33 +90,39 @@ FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
                          "conv2_block3_out": (3, 2)}
 FEATURE_SPREAD = True  # each cell's standard deviation, too; False: its mean alone
-AUGMENT = 0.25  # share of training frames with a copy in other light, the camera nudged
-PRECISION = "auto"  # or "float32", "mixed_bfloat16", which is faster on CPUs made for it
-FRAME_BATCH = 8  # frames ResNet50 sees at once; fewer if memory runs out
+COMPONENTS = 512  # length of a feature vector, or less with few pictures; 0: no PCA
+AUGMENT = 0.25  # share of training pictures with a copy in other light, the camera nudged
+CACHE_FEATURES = True  # False: ResNet50 sees every window in every epoch, for the same result
+CACHE = "feature_cache"  # one for all experiments
+PRECISION = "auto"  # or "float32", "mixed_bfloat16", which is faster on processors made for it
+FRAME_BATCH = 8  # pictures ResNet50 sees at once; fewer if memory runs out
 
 # -- Temporal stage: projection and LSTM
 PROJECTION = 32  # numbers of each feature vector that the LSTM sees; 0: all
 LSTM_UNITS = 64  # more for longer windows
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training
-FORGET_BIAS = -2.0  # higher: earlier frames weigh more from the start (Keras: 1)
+FORGET_BIAS = -2.0  # higher: earlier pictures weigh more from the start (Keras: 1)
 
 # -- Regression stage and training
 DENSE_UNITS = 64  # of the layer between the LSTM and the count
-BATCH_SIZE = 32  # windows in a step
+BATCH_SIZE = 32  # windows in a step; a quarter of the training windows if that is less
 EPOCHS = 50  # fewer for a quick look
-# SGD learns first what many frames share, last what is peculiar to one.
+# SGD learns first what many pictures share, last what is peculiar to one.
 OPTIMIZER = {"class_name": "sgd",
              "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
-LEARNING_RATE = 0.03  # falls to 0 along a half cosine; 1e-3 for "adam"
+LEARNING_RATE = 0.1  # falls to 0 along a half cosine; 1e-3 for "adam"
 SEED = 0  # publish mean and standard deviation over several
 
 # -- Evaluation and use
 TOLERANCE = 0.20  # counts within this share of the truth are accurate
-COUNT = None  # a folder of new frames to count with the model in OUTPUTS, not to train
-UNFAMILIAR = 1.05  # mark frames of feature vectors above this x the longest trained on
+COUNT = None  # a folder of new pictures to count with the model in OUTPUTS, not to train
+UNFAMILIAR = 1.05  # mark pictures whose features lie this x farther out than any trained on
 
+IMAGENET_FILE = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
+IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-SAMPLE_LABELS = "78609c47c0093b7d9b7a8d3baa543fd5"  # MD5 of the shipped labels.csv
+RESULTS = ("ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json")
+SAMPLE_COUNTS = "0e5fe536512e4161155f1f2fd24f9369"  # MD5 of the shipped counts, as float64
 
 
 class InputError(ValueError):
@@ -113,24 +136,15 @@ def at(path):
     return ROOT / Path(path).expanduser()
 
 
-def choose_precision():
-    """PRECISION; if "auto", bfloat16 where the CPU has units for it: twice the speed."""
-    if PRECISION != "auto":
-        return PRECISION
-    processor = Path("/proc/cpuinfo")
-    flags = processor.read_text() if processor.exists() else ""
-    has_units = re.search("avx512_bf16|amx_bf16", flags)
-    return "mixed_bfloat16" if has_units else "float32"
-
-
 def check_constants():
     """Raises InputError for constants that would fail late or obscurely."""
     limits = {  # (lowest, highest): names; two ints allow ints alone
-        (1, 1000): ["SEQUENCE_LENGTH", "FRAME_BATCH"],
+        (1, 100): ["SEQUENCE_LENGTH"],
+        (1, 1000): ["FRAME_BATCH"],
         (1, 10**6): ["LSTM_UNITS", "DENSE_UNITS", "BATCH_SIZE", "EPOCHS"],
-        (0, 10**6): ["PROJECTION", "SEED"],
-        (0.0, 1.0): ["AUGMENT", "TOLERANCE"],
-        (0.0, 0.99): ["TRAIN_FRACTION", "LSTM_DROPOUT"],
+        (0, 10**6): ["COMPONENTS", "PROJECTION", "SEED"],
+        (0.0, 1.0): ["AUGMENT", "TOLERANCE", "TRAIN_FRACTION"],
+        (0.0, 0.99): ["LSTM_DROPOUT"],
         (0.0, 99.0): ["LEARNING_RATE", "UNFAMILIAR"],
         (-99.0, 99.0): ["FORGET_BIAS"],
     }
@@ -139,67 +153,111 @@ def check_constants():
             value, kind = globals()[name], type(low)
             if not (isinstance(value, (int, kind)) and low <= value <= high):
                 raise InputError(f"{name} = {value!r}: make it {kind.__name__}, {low} to {high}")
-    size = np.array(FRAME_SIZE)
-    if size.shape != (2,) or size.dtype.kind != "i" or size.min() < 32:
+    if not (is_pair(FRAME_SIZE) and min(FRAME_SIZE) >= 32):
         raise InputError(f"{FRAME_SIZE = }: make it (height, width), ints from 32")
+    for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
+        grids = globals()[name]
+        if not (isinstance(grids, dict) and grids and all(map(is_pair, grids.values()))):
+            raise InputError(f"{name} = {grids!r}: make it {{layer: (rows, columns)}}, ints from 1")
     if choose_precision() not in ("float32", "mixed_bfloat16"):
         raise InputError(f"{PRECISION = }: make it auto, float32 or mixed_bfloat16")
     try:
         keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
     except Exception as error:  # of many kinds
-        raise InputError(f"{OPTIMIZER = }: {error}") from None
+        raise InputError(f"{OPTIMIZER = }: {error}") from error
 
 
-# == Files in OUTPUTS: whole or absent ========
-def write_files(folder, writers):
-    """Writes files {name: write(path)} elsewhere, then moves them into folder."""
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
-        for name, write in writers.items():
-            write(Path(new, name))
-        for name in writers:
-            os.replace(Path(new, name), folder / name)
+def is_pair(value):
+    """Whether value is two ints from 1."""
+    return (isinstance(value, (tuple, list)) and len(value) == 2
+            and all(type(number) is int and number >= 1 for number in value))
 
 
-def open_cache(folder, key, files, shape):
-    """The array on disk, float32, for this key and these files; NaN where nothing is
-    computed yet. Those of other keys in folder go."""
-    states = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    digest = hashlib.md5(repr((key, shape, states)).encode()).hexdigest()
-    path = folder / f"cache_{digest}.npy"
+def describe_device():
+    """What Keras computes on, and whether it has units for bfloat16: ("CPU", False)."""
+    device = str(ops.zeros(1).device).upper()
+    if "GPU" in device or "CUDA" in device:
+        gpus = tf.config.list_physical_devices("GPU")
+        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        name = f"GPU:0 {details.get('device_name', '')}".strip()
+        return name, details.get("compute_capability", (0, 0)) >= (8, 0)
     try:
-        np.load(path, mmap_mode="r")  # "r+" would fill up a cut file with zeros
-    except (OSError, EOFError, ValueError):  # not there yet, or damaged
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        flags = ""
+    return "CPU", bool(re.search("avx512_bf16|amx_bf16", flags))
+
+
+def choose_precision():
+    """PRECISION; if "auto", bfloat16 where the device has units for it: twice the speed."""
+    if PRECISION != "auto":
+        return PRECISION
+    _, has_bfloat16 = describe_device()
+    return "mixed_bfloat16" if has_bfloat16 else "float32"
+
+
+# == Files: whole or absent ========
+def write_files(folder, writers):
+    """Writes files {name: write(path)} elsewhere, then moves them into folder: all of them,
+    or none. Raises InputError where one cannot be replaced."""
+    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+        new, old = Path(new), Path(new, "old")
+        old.mkdir()
+        try:
+            for name, write in writers.items():
+                write(new / name)
+                if (folder / name).is_file():
+                    shutil.copyfile(folder / name, old / name)
+        except OSError as error:  # a full disk, say
+            raise InputError(f"{folder / name}: cannot be written ({error.strerror or error})") from error
+        moved = []
+        try:
+            for name in writers:
+                os.replace(new / name, folder / name)
+                moved.append(name)
+        except OSError as error:
+            for done in moved:
+                (folder / done).unlink()
+                if (old / done).exists():
+                    os.replace(old / done, folder / done)
+            problem = f"cannot be replaced ({error.strerror})"
+            raise InputError(f"{folder / name}: {problem}; close it or move it away") from error
+
+
+def prepare_folder(folder, names=()):
+    """Makes folder and raises InputError where these files could not be written to it."""
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        for other in folder.glob("cache_*.npy"):
-            other.unlink()
-        empty = np.full(shape, np.nan, "float32")
-        write_files(folder, {path.name: lambda new: np.save(new, empty)})
-    return np.load(path, mmap_mode="r+")
+        tempfile.TemporaryDirectory(prefix=".new-", dir=folder).cleanup()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
+    for name in names:
+        if (folder / name).is_dir():
+            raise InputError(f"{folder / name}: a folder where a file goes; move it away")
+    return folder
 
 
-def fill_rows(array, compute):
-    """Fills the rows of array that are NaN by compute(rows), some at a time, so that an
-    interrupted run goes on where it was. Returns a copy in memory."""
-    bar = keras.utils.Progbar(len(array), unit_name="frame", verbose=len(array) > 64)
-    step = 8 * FRAME_BATCH
-    for rows in np.split(np.arange(len(array)), range(step, len(array), step)):
-        if np.isnan(array[rows]).any():
-            array[rows] = compute(rows)
-        bar.add(len(rows))
-    return np.array(array)
+def sweep(folder, started):
+    """Takes away what a killed run was writing when this one started, at that time.time()."""
+    for new in folder.rglob(".new-*"):
+        if new.stat().st_mtime < started:
+            shutil.rmtree(new, ignore_errors=True)
 
 
-# == Data ========
+# == Data: labels, pictures, windows ========
 def read_labels(path):
-    """Reads counts from a CSV with columns id and count, or from Mall's mall_gt.mat. Returns
-    a float Series indexed by frame id, ascending. Raises InputError."""
+    """Reads counts from a CSV with columns id and count, or from Mall's mall_gt.mat. Returns a
+    float Series indexed by id, NaN where a row has no count. Raises InputError."""
     try:
         if path.suffix.lower() == ".mat":
             counts = scipy.io.loadmat(str(path), variable_names=["count"])["count"].ravel()
+            if counts.dtype.kind not in "iuf":
+                raise ValueError("its 'count' is no array of numbers")
             table = pd.DataFrame({"id": range(1, len(counts) + 1), "count": counts}, dtype=str)
             table.index += 1
         else:
-            options = {"encoding": "utf-8-sig", "encoding_errors": "replace"}
+            is_utf16 = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
+            options = {"encoding": "utf-16" if is_utf16 else "utf-8-sig", "encoding_errors": "replace"}
             options |= {"sep": None, "engine": "python"}  # whatever separates
             table = pd.read_csv(path, dtype=str, header=None, skip_blank_lines=False, **options)
             table.columns = table.iloc[0].str.strip().str.lower()
@@ -209,76 +267,153 @@ def read_labels(path):
         table.columns = ["id", "count"]  # fails for a column that is there twice
     except Exception as error:  # of many kinds
         remedy = "set LABELS to a CSV whose first line is id,count, or to mall_gt.mat"
-        raise InputError(f"{path}: {remedy} ({error})") from None
-    values = table.apply(pd.to_numeric, errors="coerce").astype(float)
-    is_bad = ~(values.ge(0) & values.le([10**9, 10**6]) & values.mod(1).eq(0))
-    is_bad["id"] |= values["id"].duplicated()
-    if is_bad.any(axis=None):
-        row, column = is_bad.stack().idxmax()
-        problem = f"{column} {table.loc[row, column]!r} is no whole number, or there twice"
-        raise InputError(f"{path}, row {row}: {problem}; correct it")
-    return values.astype({"id": int}).set_index("id")["count"].sort_index()
+        raise InputError(f"{path}: {remedy} ({shorten(str(error), 150)})") from error
+
+    def refuse(is_bad, column, problem):
+        if is_bad.any():
+            row = is_bad.idxmax()
+            value = table.loc[row, column]
+            raise InputError(f"{path}, row {row}: {column} {value!r} {problem}; correct it")
+
+    ids = pd.to_numeric(table["id"], errors="coerce")
+    counts = pd.to_numeric(table["count"], errors="coerce").astype(float)
+    refuse(~(ids.ge(0) & ids.lt(2.0**63) & ids.mod(1).eq(0)), "id", "is no whole number from 0")
+    ids = ids.astype("int64")
+    refuse(ids.duplicated(), "id", "is there twice")
+    refuse(table["count"].notna() & ~counts.between(0, 10**6), "count", "is no number from 0")
+    return pd.Series(counts.to_numpy(), index=ids.to_numpy()).sort_index()
 
 
 def list_pictures(folder):
-    """The pictures in a folder, by the numbers in their names: frame_2, frame_10."""
+    """The pictures in a folder in the natural order of their names: frame_2, frame_10."""
+
+    def natural(path):
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
+
     paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in PICTURES]
-    return sorted(paths, key=lambda path: re.sub(r"\d+", lambda n: n[0].zfill(12), path.name))
+    return sorted((path for path in paths if path.is_file()), key=natural)
 
 
-def find_frames(ids):
-    """The N labelled frames in FRAMES, by the last number in their names. Raises InputError."""
-    numbered = {}
-    for path in list_pictures(at(FRAMES)):
-        if number := re.search(r"(\d+)\D*$", path.stem):
-            if (twin := numbered.setdefault(int(number[1]), path)) != path:
-                raise InputError(f"{twin} and {path.name} have one number; move one away")
-    missing = [int(frame) for frame in ids if frame not in numbered]
+def read_numbers(source):
+    """(number, seconds) of a picture: the last number in its name, and the date and clock that
+    the name ends with, as in 20240101_100059.jpg; each None where there is none."""
+    name = getattr(source, "stem", "")
+    number = re.search(r"(\d+)\D*$", name)
+    clock = re.search(r"(?<!\d)(\d{4})\D?(\d\d)\D?(\d\d)\D?(\d\d)\D?(\d\d)\D?(\d\d)\D*$", name)
+    seconds = None
+    if clock:
+        try:
+            seconds = int(datetime(*map(int, clock.groups()), tzinfo=timezone.utc).timestamp())
+        except ValueError:  # no date: 14 other digits
+            pass
+    return int(number[1]) if number else None, seconds
+
+
+def find_times(sources):
+    """When each picture was taken, as ints in the unit of its name: seconds where all names
+    end with a date and clock, else their last numbers. Where a name has none, or two have the
+    same, the order given: 0, 1, 2, ..."""
+    numbers, seconds = zip(*map(read_numbers, sources))
+    for times in (seconds, numbers):
+        if None not in times and len(set(times)) == len(times):
+            return list(times)
+    return list(range(len(sources)))
+
+
+def find_labelled(paths, ids):
+    """The rows of paths, a picture each, that ids name by their last number, or by all digits
+    of a date and clock. Raises InputError."""
+    rows = {}
+    for row, path in enumerate(paths):
+        number, seconds = read_numbers(path)
+        names = {number, number if seconds is None else int(re.sub(r"\D", "", path.stem)[-14:])}
+        for name in names:
+            rows.setdefault(name, []).append(row)
+    missing = [frame for frame in ids.tolist() if frame not in rows]
     if missing:
-        problem = f"{len(missing)} of {len(ids)} labelled frames missing"
+        problem = f"{len(missing)} of {len(ids)} labelled pictures missing"
         remedy = f"add {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
-        raise InputError(f"{at(FRAMES)}: {problem}; {remedy}")
-    return [numbered[frame] for frame in ids]
+        raise InputError(f"{at(FRAMES)}: {problem}; {find_remedy(ids, rows) or remedy}")
+    for frame in ids.tolist():
+        if len(rows[frame]) > 1:
+            first, second = (paths[row] for row in rows[frame][:2])
+            raise InputError(f"{first} and {second.name} have one number; move one away")
+    return np.array([rows[frame][0] for frame in ids.tolist()])
+
+
+def find_remedy(ids, rows):
+    """What to do where pictures are missing: ids that are shifted, or another folder. Or None."""
+    numbers = [number for number in rows if number is not None]
+    if numbers:
+        shift = min(numbers) - int(ids.min())
+        if len(ids) > 1 and shift and all(frame + shift in rows for frame in ids.tolist()):
+            return f"do the ids start at another number? With {shift} added, all are there"
+        return None
+    folder = at(FRAMES)
+    wanted = set(ids.tolist())
+    for other in [folder.parent, *sorted(path for path in folder.glob("*") if path.is_dir())]:
+        if wanted <= {read_numbers(path)[0] for path in list_pictures(other)}:
+            return f"they are in {other}: set FRAMES to it"
+    return None
+
+
+def make_windows(times, length):
+    """For each picture, the rows of the window that ends at it (P, length). None reaches across
+    a break, where times jump by more than half again their usual step: the picture after it
+    repeats. Times 1, 2, 5: [[0, 0], [0, 1], [2, 2]]."""
+    first = min(times)
+    times = np.array([moment - first for moment in times], float)
+    order = np.argsort(times)
+    steps = np.diff(times[order])
+    usual = np.median(steps) if len(steps) else 1
+    places = np.arange(len(times))
+    starts_clip = np.r_[True, steps > 1.5 * usual]
+    clip_start = np.maximum.accumulate(places * starts_clip)  # (P,)
+    windows = np.maximum(places[:, None] + np.arange(1 - length, 1), clip_start[:, None])
+    return order[windows][np.argsort(order)]
 
 
 def read_image(source):
-    """A picture, upright, RGB. source: a path, or a uint8 array (H, W, 3)."""
-    if isinstance(source, np.ndarray):
-        if source.ndim != 3:
-            raise ValueError(f"{source.shape}, not (H, W, 3)")
-        image = Image.fromarray(source)
-    else:
-        image = Image.open(source)
-    if image.mode[0] in "IF":
-        raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
-    return ImageOps.exif_transpose(image).convert("RGB")
+    """A picture, upright, RGB. source: a path, or a uint8 array (H, W, 3). Raises InputError."""
+    try:
+        if isinstance(source, np.ndarray):
+            if source.ndim != 3:
+                raise ValueError(f"{source.shape}, not (H, W, 3)")
+            image = Image.fromarray(source)
+        else:
+            data = source.read_bytes()
+            image = Image.open(io.BytesIO(data))
+            if image.format == "JPEG" and data.endswith(bytes(64)):
+                raise ValueError("ends in zeros: it was not written to its end")
+        if image.mode[0] in "IF":
+            raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
+        return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # of many kinds
+        raise InputError(f"{getattr(source, 'name', 'array')}: {error!r}") from error
 
 
-def find_readable(sources):
-    """The rows of the sources that read_image can read, and a line about the others."""
+def digest_pictures(sources, cache=None):
+    """(digests, problem): the MD5 of each picture's content, None where it cannot be read, and
+    a line about those. What has features in the folder cache was read before."""
+    known = {path.stem for path in cache.glob("*/*.npy")} if cache else ()
 
-    def find_problem(source):
+    def digest(source):
+        data = source.tobytes() if isinstance(source, np.ndarray) else source.read_bytes()
+        return hashlib.md5(data).hexdigest()
+
+    def try_picture(source):
         try:
-            read_image(source)
-        except Exception as error:  # of many kinds
-            return f"{getattr(source, 'name', 'array')}: {error!r}"
+            found = digest(source)
+            if found not in known:
+                read_image(source)
+            return found, None
+        except (InputError, OSError) as error:
+            return None, str(error)
 
     with ThreadPoolExecutor() as pool:
-        problems = list(pool.map(find_problem, sources))
-    readable = [row for row, problem in enumerate(problems) if not problem]
-    n, named = len(sources), shorten("; ".join(filter(None, problems)), 200)
-    return readable, f"{n - len(readable)} of {n} frames cannot be read: {named}"
-
-
-def check_frames(paths):
-    """Raises InputError for frames that cannot be read, or are not those of LABELS."""
-    readable, problem = find_readable(paths)
-    if len(readable) < len(paths):
-        raise InputError(f"{at(FRAMES)}: {problem}; replace them")
-    if b"synthetic mall sample" in paths[0].read_bytes():
-        print("The frames are rendered; the README tells how to use real ones.")
-    elif hashlib.md5(at(LABELS).read_bytes()).hexdigest() == SAMPLE_LABELS:
-        raise InputError(f"{at(LABELS)}: labels of the sample, not of these frames; set LABELS")
+        digests, problems = zip(*pool.map(try_picture, sources))
+    n_bad, named = digests.count(None), shorten("; ".join(filter(None, problems)), 200)
+    return list(digests), f"{n_bad} of {len(sources)} pictures cannot be read: {named}"
 
 
 def jitter(image, rng):
@@ -294,50 +429,62 @@ def jitter(image, rng):
     return image.convert("RGB", (red, 0, 0, 0, 0, green, 0, 0, 0, 0, blue, 0))
 
 
-class Frames:
-    """Pictures read like an array: frames[rows] is (len(rows), height, width, 3) uint8.
-    sources: of N frames, see read_image. A share AUGMENT of the first n_train has jittered
-    copies, in the rows after all frames; copy_of (N,): the row of each frame's copy or own."""
+def describe_windows(windows):
+    """How many windows, rows of pictures (N, T), reach back over T pictures."""
+    is_whole = (np.diff(np.sort(windows)) > 0).all(axis=1)
+    return f"{len(windows)} windows, {is_whole.sum()} of them whole."
 
-    def __init__(self, sources, size, n_train=0):
-        copied = np.linspace(0, n_train, round(n_train * AUGMENT), endpoint=False).astype(int)
+
+class Frames:
+    """Pictures, read when they are indexed: frames[rows] is (*rows.shape, H, W, 3) uint8.
+
+    sources, digests: of P pictures, see read_image and digest_pictures. training: rows of those
+    that train, of which a share AUGMENT has a jittered copy. The copies are in the C rows
+    after the pictures: copy_of (P,) holds the row of each picture's copy, or else its own,
+    trained_on (M,) the rows of all training pictures and their copies."""
+
+    def __init__(self, sources, digests, size, training=()):
+        training = np.array(training, int)
+        copied = training[np.diff(np.ceil(np.arange(len(training) + 1) * AUGMENT)) > 0]
         self.sources = [*sources, *(sources[row] for row in copied)]
+        self.digests = [*digests, *(f"{digests[row]}-copy" for row in copied)]
         self.size = size
-        self.n = len(sources)
-        self.copy_of = np.arange(self.n)
-        self.copy_of[copied] = np.arange(self.n, len(self.sources))
+        self.copy_of = np.arange(len(sources))
+        self.copy_of[copied] = np.arange(len(sources), len(self.sources))
+        self.trained_on = np.union1d(training, self.copy_of[training])
+
+    def __len__(self):
+        return len(self.sources)
 
     def __getitem__(self, rows):
+        rows = np.asarray(rows)
+        shown, places = np.unique(rows, return_inverse=True)
         with ThreadPoolExecutor() as pool:
-            return np.stack(list(pool.map(self.load, rows)))
+            images = np.stack(list(pool.map(self.load, shown)))
+        return images[places.reshape(rows.shape)]
 
     def load(self, row):
         image = read_image(self.sources[row]).resize(self.size[::-1], Image.BILINEAR)
-        if row >= self.n:  # a copy
-            image = jitter(image, np.random.default_rng((SEED, row)))
+        digest, _, is_copy = self.digests[row].partition("-")
+        if is_copy:  # the same for each picture, whatever the experiment
+            image = jitter(image, np.random.default_rng(int(digest, 16)))
         return np.asarray(image)
 
 
-def make_windows(ids, length):
-    """For each frame, the rows of the window that ends at it (N, length). None crosses a
-    gap in the ids: the row after it repeats. Ids 1, 2, 5: [[0, 0], [0, 1], [2, 2]]."""
-    rows = np.arange(len(ids))
-    starts_run = np.diff(ids, prepend=ids[0]) != 1  # the first frame, the first after a gap
-    run_start = np.maximum.accumulate(rows * starts_run)  # (N,)
-    return np.maximum(rows[:, None] + np.arange(1 - length, 1), run_start[:, None])
-
-
 class WindowSequence(keras.utils.Sequence):
-    """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames.
-    images: an array, a row an image. windows: rows (M, T). counts: people in the last frame
-    of each window (M,). copy_of: for training, that of Frames; every epoch then shuffles the
-    windows and shows, in half of them, the copy of each frame that has one."""
+    """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last pictures.
 
-    def __init__(self, images, windows, counts, copy_of=None):
+    images: what windows are made of, feature vectors (P + C, K) or Frames. windows: rows of
+    images (M, T). counts: (M,). shuffle: every epoch deals the windows anew and shows, in half
+    of them, the copy of each picture that has one; copy_of (P,): see Frames."""
+
+    def __init__(self, images, windows, counts, batch_size, shuffle=False, copy_of=None):
         super().__init__()
         self.images = images
         self.windows = windows
         self.counts = counts.reshape(-1, 1)
+        self.batch_size = batch_size
+        self.shuffle = shuffle
         self.copy_of = copy_of
         self.rng = np.random.default_rng(SEED)
         self.order = np.arange(len(windows))
@@ -345,20 +492,20 @@ class WindowSequence(keras.utils.Sequence):
         self.on_epoch_end()
 
     def __len__(self):
-        return math.ceil(len(self.windows) / BATCH_SIZE)  # the last, partial batch counts
+        return math.ceil(len(self.windows) / self.batch_size)  # the last, partial batch counts
 
     def __getitem__(self, batch):
-        chosen = self.order[batch * BATCH_SIZE : (batch + 1) * BATCH_SIZE]
+        chosen = self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
         return self.images[self.shown[chosen]], self.counts[chosen]
 
     def on_epoch_end(self):
-        if self.copy_of is not None:
+        if self.shuffle:
             self.rng.shuffle(self.order)
             in_copies = self.rng.random((len(self.windows), 1)) < 0.5
             self.shown = np.where(in_copies, self.copy_of[self.windows], self.windows)
 
 
-# == Model, stage 1: spatial ========
+# == Stage 1, spatial: ResNet50, features, PCA ========
 def load_resnet50():
     """ResNet50 without its top (He et al., "Deep residual learning for image recognition",
     CVPR 2016): (model, what its weights are, whether they are random). Raises InputError."""
@@ -370,16 +517,23 @@ def load_resnet50():
 
     if not WEIGHTS:
         return build(None), "random", True
-    path = WEIGHTS if WEIGHTS == "imagenet" else at(WEIGHTS)
-    if path != "imagenet" and not path.is_file():
-        raise InputError(f"{path}: no such file; correct WEIGHTS")
+    if WEIGHTS == "imagenet":
+        home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
+        path = home / "models" / IMAGENET_FILE  # Keras reads none in a home that it cannot write
+        if not path.is_file() or hashlib.md5(path.read_bytes()).hexdigest() != IMAGENET_MD5:
+            path = WEIGHTS  # to be downloaded
+    else:
+        path = at(WEIGHTS)
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; correct WEIGHTS")
     try:
-        return build(str(path)), Path(path).name, False
+        return build(str(path)), Path(WEIGHTS).name, False
     except Exception as error:  # of many kinds
         problem = shorten(str(error), 150)
-    if path != "imagenet":
-        raise InputError(f"{path}: no weights of Keras's ResNet50 without top ({problem})")
-    remedy = "set WEIGHTS to a resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
+        if WEIGHTS != "imagenet":
+            problem = f"no weights of Keras's ResNet50 without top ({problem})"
+            raise InputError(f"{path}: {problem}") from error
+    remedy = f"set WEIGHTS to a {IMAGENET_FILE}"
     print(f"Warning: no ImageNet weights ({problem}); {remedy}", file=sys.stderr)
     return build(None), "random, for want of ImageNet's", True
 
@@ -400,37 +554,58 @@ def calibrate(resnet, frames):
     resnet(normalise(frames), training=True)
 
 
-def fold_batchnorm(resnet):
+def fold_batchnorm(resnet, read):
     """The same network, faster: each convolution, ..._conv, also does the work of the
-    BatchNorm after it, ..._bn. Jacob et al., "Quantization and training of neural networks
-    for efficient integer-arithmetic-only inference", CVPR 2018."""
+    BatchNorm after it, ..._bn, unless it is itself among the layers to read. Jacob et al.,
+    "Quantization and training of neural networks for efficient integer-arithmetic-only
+    inference", CVPR 2018."""
+    precision = choose_precision()
+
+    def find_convolution(layer):
+        """The name of the convolution that does this layer's work, or None."""
+        name = layer.name.removesuffix("bn") + "conv"
+        is_norm = isinstance(layer, layers.BatchNormalization)
+        return name if is_norm and name not in read else None
+
+    def in_precision(layer):
+        return type(layer).from_config(layer.get_config() | {"dtype": precision})
 
     def skip_norm(layer, x, **options):
-        return x if isinstance(layer, layers.BatchNormalization) else layer(x, **options)
+        return x if find_convolution(layer) else layer(x, **options)
 
-    folded = keras.models.clone_model(resnet, call_function=skip_norm)
+    options = {"clone_function": in_precision, "call_function": skip_norm}
+    folded = keras.models.clone_model(resnet, **options)
     for layer in resnet.layers:  # a convolution comes before its BatchNorm
-        if isinstance(layer, layers.BatchNormalization):
-            convolution = folded.get_layer(layer.name.removesuffix("bn") + "conv")
+        if name := find_convolution(layer):
+            convolution = folded.get_layer(name)
             kernel, bias = convolution.get_weights()
             gamma, beta, mean, variance = layer.get_weights()
             gain = gamma / np.sqrt(variance + layer.epsilon)
             convolution.set_weights([kernel * gain, (bias - mean) * gain + beta])
         elif layer.weights:
             folded.get_layer(layer.name).set_weights(layer.get_weights())
-    precision = choose_precision()
-    for layer in folded.layers:
-        layer.dtype_policy = precision
     return folded
 
 
-def build_backbone(resnet, grids):
-    """ResNet50 read at the layers of grids: frames (H, W, 3) uint8 -> features (F,), the
-    mean and standard deviation of each layer, (h, w, C), over the cells of its grid."""
+def build_backbone(frames):
+    """ResNet50 read at the layers of FEATURE_LAYERS: a frame (H, W, 3) uint8 -> its features
+    (F,), the mean and standard deviation of each layer, (h, w, C), over the cells of its grid.
+    frames: some of the training ones calibrate random weights. Returns (model, what its weights
+    are). Raises InputError."""
+    keras.utils.clear_session()  # layers are named, and cached under these names, as in any run
+    resnet, weights, is_random = load_resnet50()
+    grids = FEATURE_LAYERS_RANDOM if is_random else FEATURE_LAYERS
+    try:
+        maps = [resnet.get_layer(name).output for name in grids]
+    except ValueError as error:
+        raise InputError(f"FEATURE_LAYERS, FEATURE_LAYERS_RANDOM: {error}") from error
+    resnet = keras.Model(resnet.input, maps, name="resnet50")
+    if is_random:
+        calibrate(resnet, frames[frames.trained_on[:2]])  # more would take gigabytes
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    maps = keras.tree.flatten(fold_batchnorm(resnet)(normalise(frame)))  # one is no list
+    maps = fold_batchnorm(resnet, grids)(normalise(frame))
     features = []
-    for x, (rows, columns) in zip(maps, grids.values()):
+    for x, (rows, columns) in zip(keras.tree.flatten(maps), grids.values()):
         x = ops.cast(x, "float32")  # (h, w, C)
         cell = (math.ceil(x.shape[1] / rows), math.ceil(x.shape[2] / columns))
         average = layers.AveragePooling2D(cell, padding="same")
@@ -439,103 +614,127 @@ def build_backbone(resnet, grids):
         if FEATURE_SPREAD:
             variance = ops.relu(average(ops.square(x)) - ops.square(mean))
             features.append(layers.Flatten()(ops.sqrt(variance)))
-    return keras.Model(frame, ops.concatenate(features, axis=-1), name="backbone")
+    features = ops.concatenate(features, axis=-1)
+    backbone = keras.Model(frame, features, name="backbone")
+    backbone.trainable = False
+    print(f"ResNet50 ({weights}; {choose_precision()}; {describe_device()[0]}):",
+          f"{features.shape[1]:,} features of a picture, from {', '.join(grids)}.")
+    return backbone, weights
 
 
-def build_spatial(backbone, features, trained_on):
-    """Stage 1, for one frame: (H, W, 3) uint8 -> its feature vector (F,), standardised by
-    the training images, rows trained_on, to a mean squared length of 1. Returns the model,
-    and features (N + C, F) standardised."""
-    scaler = StandardScaler().fit(features[trained_on])
-    scale = scaler.scale_ * math.sqrt(features.shape[1])
-    features = (features - scaler.mean_.astype("float32")) / scale.astype("float32")
-    longest = max(float(np.linalg.norm(features[trained_on], axis=1).max()), 1e-3)
-    variance = np.square(scale * longest)  # divides by longest, too
-    x = layers.Normalization(mean=scaler.mean_, variance=variance)(backbone.output)
-    x = layers.Rescaling(longest, name="longest")(x)  # undoes that: saved for count_people
-    spatial = keras.Model(backbone.input, x, name="resnet50_features")
-    spatial.trainable = False
-    return spatial, features
+def open_cache(backbone, folder):
+    """The folder below folder for the features that this very network computes."""
+    key = hashlib.md5(repr((1, keras.__version__, keras.backend.backend(), Image.__version__)).encode())
+    key.update(backbone.to_json().encode())
+    for weights in backbone.get_weights():
+        key.update(weights.tobytes())
+    size = sum(path.stat().st_size for path in folder.rglob("*.npy"))
+    print(f"Features are kept in {folder} ({size / 1e6:,.0f} MB so far).")
+    return prepare_folder(folder / key.hexdigest())
 
 
-# == Model, stages 2 and 3: temporal, regression ========
-def build_temporal(n_features):
-    """Stage 2: feature vectors (T, F) -> what the LSTM makes of them (LSTM_UNITS,)."""
-    x = features = keras.Input((SEQUENCE_LENGTH, n_features), name="features")
-    if PROJECTION:
-        start = keras.initializers.RandomNormal(stddev=0.01)  # for any number of features
-        x = layers.Dense(PROJECTION, kernel_initializer=start, name="projection")(x)
-    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=True, name="lstm")
-    memory = lstm(x)
-    gates = [0.0, FORGET_BIAS, 0.0, 0.0]  # input, forget, cell, output
-    lstm.cell.bias.assign(np.repeat(gates, LSTM_UNITS))
-    return keras.Model(features, memory, name="temporal")
-
-
-def find_basis(features):
-    """An orthonormal basis (F, K) of what the training images' features (M, F) span. SGD does
-    not leave that span: the projection trains on K coordinates as on F numbers, but faster."""
-    if PROJECTION:
-        return np.linalg.qr(features.T)[0]
-    return scipy.sparse.eye_array(features.shape[1], dtype="float32")
-
-
-def build_regression(counts):
-    """Stage 3: (LSTM_UNITS,) -> people in the last frame (1,), never negative. Starts at
-    the mean of the training counts (M,), in units of their standard deviation."""
-    memory = keras.Input((LSTM_UNITS,), name="memory")
-    x = layers.Dense(DENSE_UNITS, activation="relu", name="dense")(memory)
-    x = layers.Dense(1, name="deviation")(x)
-    x = layers.Rescaling(max(float(counts.std()), 1.0), float(counts.mean()))(x)
-    return keras.Model(memory, layers.ReLU(name="people")(x), name="regression")
-
-
-def build_network(spatial, temporal, basis, regression):
-    """The three stages in a row: windows (T, H, W, 3) uint8 -> people (1,). temporal was
-    trained on coordinates (T, K) in basis (F, K); here it takes feature vectors (T, F)."""
-    first, *others = temporal.get_weights()  # first: the kernel (K, ...) of its first layer
-    temporal = build_temporal(basis.shape[0])
-    temporal.set_weights([basis @ first, *others])
-    windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="windows")
-    features = layers.TimeDistributed(spatial, name="spatial")(windows)
-    return keras.Model(windows, regression(temporal(features)), name="ts_crowdnet")
-
-
-# == Features and training ========
-def read_features(model, frames, rows):
-    """Runs frames[rows] through model, FRAME_BATCH at a time: (n, F). Faster than predict."""
+def run_backbone(backbone, frames, rows):
+    """Features (n, F) of frames[rows], FRAME_BATCH at a time. Faster than predict()."""
     batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
     with ThreadPoolExecutor(1) as reader:  # reads the next frames meanwhile
         images = reader.map(frames.__getitem__, batches)
-        return np.concatenate([model.predict_on_batch(batch) for batch in images])
+        return np.concatenate([backbone.predict_on_batch(batch) for batch in images])
 
 
-def extract_features(frames, n_train, cache):
-    """Runs all frames and copies through ResNet50 once, or takes their features from cache.
-    Returns (backbone, features (N + C, F), what the weights are). Raises InputError."""
-    resnet, weights, is_random = load_resnet50()
-    grids = FEATURE_LAYERS_RANDOM if is_random else FEATURE_LAYERS
-    try:
-        outputs = [resnet.get_layer(name).output for name in grids]
-    except ValueError as error:
-        raise InputError(f"FEATURE_LAYERS, FEATURE_LAYERS_RANDOM: {error}") from None
-    resnet = keras.Model(resnet.input, outputs, name="resnet50")
-    if is_random:
-        calibrate(resnet, frames[[0, n_train - 1]])  # more would take gigabytes
-    backbone = build_backbone(resnet, grids)
-    precision = choose_precision()
-    constants = (FRAME_SIZE, FRAME_BATCH, FEATURE_SPREAD, SEED, grids, n_train)
-    versions = (4, keras.__version__, keras.backend.backend())  # 4: of this code
-    key = (constants, versions, weights, precision, resnet.count_params())
-    files = [*frames.sources, *filter(Path.is_file, [at(WEIGHTS or "")])]
-    array = open_cache(cache, key, files, (len(frames.sources), backbone.output_shape[1]))
-    print(f"ResNet50 ({weights}, {precision}) reads {frames.n} frames, {len(array) - frames.n} copies:")
-    print(f"{array.shape[1]:,} numbers of each, from {', '.join(grids)}.")
-    features = fill_rows(array, lambda rows: read_features(backbone, frames, rows))
-    return backbone, features, weights
+def extract_features(backbone, frames, cache=None):
+    """Yields the features (n, F) of all rows of frames, some rows at a time: from the folder
+    cache, where each picture has a file named by its content, or from ResNet50, which then
+    fills it. Raises InputError for a picture that cannot be read."""
+    folder = open_cache(backbone, cache) if cache else None
+    bar = keras.utils.Progbar(len(frames), unit_name="picture", verbose=len(frames) > 64)
+    step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
+    for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
+        files = [f"{frames.digests[row]}.npy" for row in rows]
+        features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
+        for place, file in enumerate(files if folder else []):
+            try:
+                features[place] = np.load(folder / file)
+            except (OSError, EOFError, ValueError):  # not there yet, or damaged
+                pass
+        missing = np.flatnonzero(np.isnan(features).any(axis=1))
+        if len(missing):
+            features[missing] = run_backbone(backbone, frames, rows[missing])
+        if folder and len(missing):
+            save = {files[place]: partial(np.save, arr=features[place]) for place in missing}
+            write_files(folder, save)
+        bar.add(len(rows))
+        yield features
 
 
-def train(model, training, validation):
+def build_reduction(features):
+    """The end of stage 1: features (F,) -> feature vector (K,). features: of all training
+    pictures and copies (M, F), which they are standardised by, to length 1 on average, and
+    reduced to their principal components. Returns a model of two layers; after the first,
+    "standardised", the longest training vector has length 1, which tells what is unfamiliar."""
+    scaler = preprocessing.StandardScaler().fit(features)
+    deviation = np.sqrt(scaler.var_)
+    floor = max(0.1 * float(np.median(deviation)), 1e-3)  # else what hardly varied would shout
+    deviation = np.maximum(deviation, floor)
+    standardised = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
+    lengths = np.linalg.norm(standardised, axis=1)
+    longest = max(float(lengths.max()), 1.0)
+    scale = longest / max(float(np.sqrt(np.mean(lengths**2))), 1.0)
+    variance = np.square(deviation * longest)
+    reduction = keras.Sequential([keras.Input((features.shape[1],), name="features")], name="reduction")
+    reduction.add(layers.Normalization(mean=scaler.mean_, variance=variance, name="standardised"))
+    if COMPONENTS:
+        n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
+        pca = decomposition.PCA(n_components, random_state=SEED).fit(standardised)
+        reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
+        reduction.layers[-1].set_weights([pca.components_.T * scale])
+    else:
+        reduction.add(layers.Rescaling(scale, name="components"))
+    return reduction
+
+
+def build_spatial(backbone, reduction):
+    """Stage 1, frozen: windows of frames (T, H, W, 3) uint8 -> feature vectors (T, K)."""
+    encoder = keras.Sequential([backbone, reduction], name="encoder")
+    encoder.trainable = False
+    return layers.TimeDistributed(encoder, name="spatial")
+
+
+# == Stages 2 and 3: temporal, regression ========
+def build_temporal(length):
+    """Stage 2: feature vectors (T, K), K = length -> what the LSTM makes of them (LSTM_UNITS,)."""
+    temporal = keras.Sequential([keras.Input((SEQUENCE_LENGTH, length), name="vectors")], name="temporal")
+    if PROJECTION:
+        start = keras.initializers.RandomNormal(stddev=0.01)  # for vectors of any length
+        temporal.add(layers.Dense(PROJECTION, kernel_initializer=start, name="projection"))
+    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=SEQUENCE_LENGTH <= 16, name="lstm")
+    temporal.add(lstm)
+    gates = [0.0, FORGET_BIAS, 0.0, 0.0]  # input, forget, cell, output
+    lstm.cell.bias.assign(np.repeat(gates, LSTM_UNITS))
+    return temporal
+
+
+def build_regression(counts):
+    """Stage 3: (LSTM_UNITS,) -> people in the last picture (1,). Starts at the mean of the
+    training counts (n_train,), in units of their standard deviation."""
+    spread, mean = max(float(counts.std()), 1.0), float(counts.mean())
+    return keras.Sequential([
+        keras.Input((LSTM_UNITS,), name="memory"),
+        layers.Dense(DENSE_UNITS, activation="gelu", name="dense"),  # relu can die
+        layers.Dense(1, name="deviation"),
+        layers.Rescaling(spread, mean, name="count"),
+    ], name="regression")
+
+
+def build_network(spatial, temporal, regression):
+    """The three stages in a row: windows of frames (T, H, W, 3) uint8 -> people (1,), which are
+    never less than 0."""
+    windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="windows")
+    people = layers.ReLU(name="people")(regression(temporal(spatial(windows))))
+    return keras.Model(windows, people, name="ts_crowdnet")
+
+
+# == Training ========
+def train(model, training, validation=None):
     """Trains for EPOCHS epochs (the Sequence shuffles); returns the history. Validation is
     only monitored. The loss is mse / variance of the counts: one rate for all crowds."""
     optimizer = keras.optimizers.get(OPTIMIZER)
@@ -547,25 +746,56 @@ def train(model, training, validation):
     return pd.DataFrame(fit.history, index=pd.RangeIndex(1, EPOCHS + 1, name="epoch"))
 
 
+def check_trained(predicted, counts):
+    """Raises InputError where a network is of no use on what it was trained on."""
+    variance = max(counts.var(), 1.0)
+    problem = None
+    if not np.isfinite(predicted).all():
+        problem = "its counts are not finite"
+    elif np.mean((predicted - counts) ** 2) > 2 * variance:
+        problem = "it is far worse than the mean count"
+    elif predicted.std() < 1e-5 * counts.std():
+        problem = f"it counts {predicted.mean():.1f} in every picture"
+    if problem:
+        remedy = "try a lower LEARNING_RATE; earlier results are left as they were"
+        raise InputError(f"the network did not learn: {problem}; {remedy}")
+
+
 # == Evaluation: metrics, figures, results ========
 def measure(true, predicted):
-    """Metrics of counts. accuracy: share within TOLERANCE; a true 0 needs one that rounds to 0."""
+    """Metrics of counts. accuracy: share within TOLERANCE; a true 0 needs one that rounds to 0.
+    mae_standard_error: of fewer than 100 counts."""
     error = np.abs(predicted - true)
     accurate = np.where(true == 0, np.round(predicted) == 0, error <= TOLERANCE * true)
     mse = np.mean(error**2)
-    return {"mae": error.mean(), "mse": mse, "rmse": mse**0.5, "accuracy": accurate.mean()}
+    metrics = {"mae": error.mean(), "mse": mse, "rmse": mse**0.5, "accuracy": accurate.mean()}
+    if 1 < len(error) < 100:
+        metrics["mae_standard_error"] = np.std(error, ddof=1) / len(error) ** 0.5
+    return metrics
 
 
-def draw_figures(history, validation, baseline, paths, title):
-    """Figures of a run {name: figure}. validation: id, true, predicted of frames in paths."""
-    loss, axes = plt.subplots(figsize=(6, 4))
-    axes.plot(history.index - 0.5, history["mse"] ** 0.5, label="training: mean over the epoch")
-    axes.plot(history.index, history["val_mse"] ** 0.5, "--", label="validation: after the epoch")
-    axes.axhline(baseline["rmse"], color="0.5", ls=":", label="validation: the mean count")
+def describe(name, metrics):
+    """The metrics in a line."""
+    line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
+    return line.format(name, TOLERANCE, **metrics)
+
+
+def draw_loss(history, baseline):
+    """The error by epoch; baseline: the metrics of the mean count."""
+    figure, axes = plt.subplots(figsize=(6, 4))
+    marker = "o" if len(history) == 1 else None
+    axes.plot(history.index - 0.5, history["mse"] ** 0.5, marker=marker, label="training: mean over the epoch")
+    if baseline:
+        axes.plot(history.index, history["val_mse"] ** 0.5, "--", marker=marker, label="validation: after the epoch")
+        axes.axhline(baseline["rmse"], color="0.5", ls=":", label="validation: the mean count")
     axes.set(ylim=0, xlabel="Epoch", ylabel="Root of the mean squared error (people)")
     axes.legend()
+    return figure
 
-    predictions, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2))
+
+def draw_predictions(validation, title):
+    """True and predicted counts, against each other and over time."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2))
     counts = validation.set_index("id")[["true", "predicted"]]
     ends = np.array([counts.min().min() - 1, counts.max().max() + 1])
     low, high = (1 - TOLERANCE) * ends, (1 + TOLERANCE) * ends
@@ -574,34 +804,53 @@ def draw_figures(history, validation, baseline, paths, title):
     sns.scatterplot(counts, x="true", y="predicted", s=18, alpha=0.6, ax=left)
     left.set(xlim=ends, ylim=ends, xlabel="True count", ylabel="Predicted count", aspect="equal")
     left.legend()
-    sns.lineplot(counts, linewidth=1, ax=right).set(xlabel="Frame", ylabel="People")
-    predictions.suptitle(title)
+    marker = "o" if len(counts) < 50 else None
+    sns.lineplot(counts, linewidth=1, marker=marker, ax=right).set(xlabel="Picture", ylabel="People")
+    figure.suptitle(title)
+    return figure
 
-    examples, axes = plt.subplots(2, 3, figsize=(11, 6))
-    order = np.abs(validation["predicted"] - validation["true"]).argsort()
-    rows = order.iloc[np.linspace(0, len(order) - 1, 6, dtype=int)]
-    for axis, row in zip(axes.flat, rows):
-        axis.imshow(read_image(paths[row]))
-        frame = validation.iloc[row]
-        axis.set_title(f"frame {frame.id}: true {frame.true}, predicted {frame.predicted:.1f}")
+
+def draw_examples(validation, paths):
+    """Pictures with their counts. paths: of the pictures in validation."""
+    order = np.abs(validation["predicted"] - validation["true"]).to_numpy().argsort()
+    places = np.unique(np.linspace(0, len(order) - 1, 6, dtype=int))
+    columns = min(len(places), 3)
+    size = {"figsize": (11, 6), "squeeze": False}
+    figure, axes = plt.subplots(math.ceil(len(places) / columns), columns, **size)
+    for axis in axes.flat:
         axis.axis("off")
-    examples.suptitle("Validation frames, from the smallest to the largest error")
-    return {"loss": loss, "predictions": predictions, "examples": examples}
+    for axis, row in zip(axes.flat, order[places]):
+        axis.imshow(read_image(paths[row]))
+        shown = validation.iloc[row]
+        axis.set_title(f"{shown.id}: true {shown.true:g}, predicted {shown.predicted:.1f}")
+    figure.suptitle("Validation pictures, from the smallest to the largest error")
+    return figure
+
+
+def draw_figures(history, table, baseline, paths, title):
+    """The figures of a run, {name: figure}. paths: of the validation pictures."""
+    figures = {"loss": draw_loss(history, baseline)}
+    validation = table[table["split"] == "validation"]
+    if len(validation):
+        figures["predictions"] = draw_predictions(validation, title)
+        figures["examples"] = draw_examples(validation, paths)
+    return figures
 
 
 def draw_counts(table):
-    """The figure {name: figure} of counts over new frames, grey where they are doubtful."""
+    """Counts over new pictures, grey where they are doubtful."""
     figure, axes = plt.subplots(figsize=(11, 4))
     axes.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3)
     doubtful = table["unfamiliar"].fillna(True).to_numpy(float)[np.newaxis]
     area = (-0.5, len(table) - 0.5, *axes.get_ylim())
     axes.imshow(doubtful, "Greys", vmin=0, vmax=5, aspect="auto", extent=area)  # light grey
-    axes.set(xlabel="Frame, from 0 (grey: unlike training, or unreadable)", ylabel="People")
-    return {"counts": figure}
+    axes.set(xlabel="Picture, from 0 (grey: unlike training, or unreadable)", ylabel="People")
+    return figure
 
 
 def save_figures(folder, draw):
-    """Saves what draw() returns, {name: figure}, and shows it where there is a screen."""
+    """Saves what draw() returns, {name: figure}, and shows it where there is a screen. What
+    figures cannot do here costs only themselves."""
     try:
         settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
@@ -610,83 +859,117 @@ def save_figures(folder, draw):
         if plt.get_backend().lower() != "agg":
             plt.show()
         plt.close("all")
-    except Exception as error:  # costs only itself
+    except (InputError, OSError, ImportError, RuntimeError) as error:
         print(f"Warning: no figures ({shorten(str(error), 200)}).", file=sys.stderr)
 
 
-def save_results(outputs, model, history, table, paths, run):
-    """Writes all results, prints a summary. table: id, split, true, predicted of the frames
-    in paths. run: more for metrics.json."""
-    validation = table[table["split"] == "validation"]
-    n_train = len(table) - len(validation)
-    metrics = measure(validation["true"], validation["predicted"])
-    baseline = measure(validation["true"], table["true"][:n_train].mean())
-    report = metrics | run | {"baseline": baseline}
-    report |= {"train_frames": n_train, "validation_frames": len(validation)}
+def save_results(outputs, model, history, table, run):
+    """Writes all results and prints a summary. table: id, split, true, predicted of every
+    label. run: more for metrics.json. Returns (summary, baseline): baseline is what always the
+    mean training count scores, None without validation."""
+    train, validation = (table[table["split"] == split] for split in ("train", "validation"))
+    report, baseline = {}, None
+    summary = "No label was left to validate: nothing is known of the error on other pictures."
+    if len(validation):
+        metrics = measure(validation["true"], validation["predicted"])
+        baseline = measure(validation["true"], train["true"].mean())
+        report = metrics | {"baseline": baseline}
+        summary = describe("Validation frames", metrics)
+        summary += "\n" + describe("Always the mean count", baseline)
+    report |= run | {"train_frames": len(train), "validation_frames": len(validation)}
     report["constants"] = {name: globals()[name] for name in globals() if name.isupper()}
     report["versions"] = {"python": sys.version, "keras": keras.__version__, "tf": tf.__version__}
-    write_files(outputs, {
-        "ts_crowdnet.keras": model.save,
-        "history.csv": history.to_csv,
-        "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
-        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str)),
-    })
-    line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
-    title = line.format("Validation frames", TOLERANCE, **metrics)
-    title += "\n" + line.format("Always the mean count", TOLERANCE, **baseline)
-    print(f"\n{title}\nResNet50 weights: {run['weights']}. Results: {outputs}")
-    shown = (history, validation, baseline, paths[n_train:], title)
-    save_figures(outputs, lambda: draw_figures(*shown))
+    writers = (
+        model.save,
+        history.to_csv,
+        lambda path: table.to_csv(path, index=False, float_format="%.6f"),
+        lambda path: path.write_text(json.dumps(report, indent=2, default=str)),
+    )
+    write_files(outputs, dict(zip(RESULTS, writers)))
+    for figure in ("loss", "predictions", "examples"):  # of an earlier model, now gone
+        for kind in ("png", "pdf"):
+            Path(outputs, f"{figure}.{kind}").unlink(missing_ok=True)
+    print(f"\n{summary}")
+    if "mae_standard_error" in report:
+        print(f"With {len(validation)} frames, that MAE has a standard error of {report['mae_standard_error']:.3f}.")
+    print(f"ResNet50 weights: {run['weights']}. Results: {outputs}")
+    return summary, baseline
 
 
 # == Counting new footage ========
 def load_stages(model):
-    """(spatial, temporal, regression) of a model or of its file. Raises InputError."""
+    """(backbone, reduction, temporal, regression) of a model or of its file. Raises
+    InputError."""
     loaded = model
     try:
         if isinstance(model, (str, Path)):
             loaded = keras.saving.load_model(Path(model).expanduser(), compile=False)
-        return [loaded.get_layer(stage) for stage in ("spatial", "temporal", "regression")]
+        encoder = loaded.get_layer("spatial").layer
+        inner = [encoder.get_layer(name) for name in ("backbone", "reduction")]
+        return [*inner, *(loaded.get_layer(name) for name in ("temporal", "regression"))]
     except Exception as error:  # of many kinds
         problem = f"not written by this script with Keras {keras.__version__}"
-        raise InputError(f"{model}: {problem}; train a model first ({error})") from None
+        try:
+            with zipfile.ZipFile(Path(model).expanduser()) as file:
+                problem += f" but with {json.loads(file.read('metadata.json'))['keras_version']}"
+        except Exception:  # no .keras file
+            pass
+        reason = shorten(str(error), 200)
+        raise InputError(f"{model}: {problem}; train a model first ({reason})") from error
+
+
+def list_sources(frames):
+    """What count_people counts, as a list of paths and arrays. Raises InputError."""
+    if isinstance(frames, (str, Path)):
+        path = Path(frames).expanduser()
+        is_picture = path.is_file() and path.suffix.lower() in PICTURES
+        sources = [path] if is_picture else list_pictures(path)
+        problem = "no frames to count" if path.exists() else "no such folder or picture"
+    else:
+        sources = [Path(source).expanduser() if isinstance(source, (str, Path)) else source for source in frames]
+        problem = "no frames to count"
+    if not sources:
+        remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 FOLDER/%06d.jpg"
+        raise InputError(f"{shorten(str(frames), 99)}: {problem}; {remedy}")
+    return sources
 
 
 def count_people(model, frames, cache=None):
-    """Counts the people in new frames of the camera that a model was trained on.
-    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, or paths or
-    uint8 RGB arrays (H, W, 3) in time order, about at the frame rate of training. cache: a
-    folder, if all are paths: a count cut short goes on. Returns a DataFrame, a row a frame,
-    indexed by file name: count, and unfamiliar, True for a frame unlike all training
-    frames; both empty where it cannot be read. Raises InputError."""
-    sources = frames
-    if isinstance(frames, (str, Path)):
-        sources = list_pictures(Path(frames).expanduser())
-    sources = [Path(source) if isinstance(source, str) else source for source in sources]
-    distributed, temporal, regression = load_stages(model)
-    spatial = distributed.layer
-    readable, problem = find_readable(sources)
+    """Counts the people in new pictures of the camera that a model was trained on.
+
+    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, a picture, or
+    paths or uint8 RGB arrays (H, W, 3), about at the frame rate of training; their windows go
+    by find_times. cache: a folder for ResNet50's features, so that no picture is read twice.
+    Returns a DataFrame, a row a picture, indexed by file name: count, and unfamiliar, True for
+    a picture unlike all training pictures; both empty where it cannot be read. Raises
+    InputError."""
+    sources = list_sources(frames)
+    backbone, reduction, temporal, regression = load_stages(model)
+    cache = Path(cache).expanduser() if cache else None
+    digests, problem = digest_pictures(sources, cache)
+    readable = [row for row, digest in enumerate(digests) if digest]
     if not readable:
-        remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 FOLDER/%06d.jpg"
-        raise InputError(f"{shorten(str(frames), 99)}: no frames to count ({problem}); {remedy}")
+        raise InputError(f"{shorten(str(frames), 99)}: no frames to count ({problem})")
     if len(readable) < len(sources):
         print(f"{problem}; their counts stay empty.")
-    images = Frames([sources[row] for row in readable], spatial.input_shape[1:3])
-    windows = make_windows(readable, temporal.input_shape[1])
-    array = np.full((len(readable), 2), np.nan, "float32")
-    if cache:
-        array = open_cache(Path(cache), readable, [Path(model), *images.sources], array.shape)
 
-    def count(rows):
-        """(people, length of the last feature vector) of the windows of rows: (n, 2)."""
-        seen = np.unique(windows[rows])
-        features = read_features(spatial, images, seen)
-        features = features[np.searchsorted(seen, windows[rows])]  # (n, T, F)
-        people = regression.predict_on_batch(temporal.predict_on_batch(features))
-        return np.column_stack([people, np.linalg.norm(features[:, -1], axis=1)])
-
-    counts, lengths = fill_rows(array, count).T
-    unfamiliar = pd.array(lengths > UNFAMILIAR * float(spatial.get_layer("longest").scale))
+    shown = [sources[row] for row in readable]
+    images = Frames(shown, [digests[row] for row in readable], backbone.input_shape[1:3])
+    standardise, project = reduction.layers
+    lengths, vectors = [], []
+    for features in extract_features(backbone, images, cache):
+        standardised = standardise(features)
+        lengths.append(np.linalg.norm(standardised, axis=1))
+        vectors.append(np.asarray(project(standardised)))
+    vectors = np.concatenate(vectors)
+    windows = make_windows(find_times(shown), temporal.input_shape[1])
+    if isinstance(frames, (str, Path)):
+        print(describe_windows(windows))
+    people = []
+    for rows in np.split(windows, range(1000, len(windows), 1000)):
+        people.append(regression.predict_on_batch(temporal.predict_on_batch(vectors[rows])))
+    counts = np.maximum(np.concatenate(people)[:, 0], 0)
+    unfamiliar = pd.array(np.concatenate(lengths) > UNFAMILIAR)
     table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=readable)
     table = table.reindex(range(len(sources)))
     names = [getattr(source, "name", row) for row, source in enumerate(sources)]
@@ -696,55 +979,114 @@ def count_people(model, frames, cache=None):
 def count_folder():
     """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
     outputs = at(OUTPUTS)
-    model = outputs / "ts_crowdnet.keras"
-    table = count_people(model, at(COUNT), outputs / "count_cache")
+    model = outputs / RESULTS[0]
+    table = count_people(model, at(COUNT), at(CACHE) if CACHE_FEATURES else None)
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
     print(f"{table['count'].mean():.1f} people on average; {table['unfamiliar'].sum()} of",
           f"{len(table)} frames look like no training frame: doubt those.")
-    save_figures(outputs, lambda: draw_counts(table))
+    save_figures(outputs, lambda: {"counts": draw_counts(table)})
 
 
 # == Main ========
+def load_data():
+    """Labels and the windows they make. Returns (table: id, split, true of the N labels in time
+    order; paths (P,) of the pictures in their windows; windows (N, T), rows of paths). Raises
+    InputError."""
+    labels = read_labels(at(LABELS))
+    n_empty = int(labels.isna().sum())
+    labels = labels.dropna()
+    n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
+    if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
+        raise InputError(f"{at(LABELS)}: {n} labels, too few for {TRAIN_FRACTION = }")
+    found = list_pictures(at(FRAMES))
+    rows = find_labelled(found, labels.index)
+    times = find_times(found)
+    order = np.argsort([times[row] for row in rows])
+    windows = make_windows(times, SEQUENCE_LENGTH)[rows[order]]
+    used, places = np.unique(windows, return_inverse=True)
+
+    rest = f"the last {n - n_train} validate" if n > n_train else "none is left to validate"
+    print(f"{len(found)} pictures, {n} labels: the first {n_train} train, {rest};",
+          f"{len(used)} pictures read. {len(found) - n} pictures have no label, {n_empty} rows no count.")
+    print(describe_windows(windows))
+    labels = labels.iloc[order]
+    counts = labels.astype(int) if (labels % 1 == 0).all() else labels
+    split = np.where(np.arange(n) < n_train, "train", "validation")
+    table = pd.DataFrame({"id": labels.index, "split": split, "true": counts.to_numpy()})
+    return table, [found[row] for row in used], places.reshape(windows.shape)
+
+
+def check_pictures(paths, table, cache):
+    """The digests of the pictures to be read (P,). Raises InputError for one that cannot be
+    read, or where they are not those that the labels in table are of."""
+    digests, problem = digest_pictures(paths, cache)
+    if None in digests:
+        raise InputError(f"{at(FRAMES)}: {problem}; replace them")
+    if b"synthetic mall sample" in paths[0].read_bytes():
+        print("The pictures are rendered; the README tells how to use real ones.")
+    elif hashlib.md5(table["true"].to_numpy(float).tobytes()).hexdigest() == SAMPLE_COUNTS:
+        raise InputError(f"{at(LABELS)}: labels of the sample, not of these pictures; set LABELS")
+    image = read_image(paths[0])
+    height, width = FRAME_SIZE
+    shape = image.width / image.height
+    if not 0.9 < shape * height / width < 1.1:
+        fitting = (height, round(height * shape))
+        print(f"Pictures of {image.width}x{image.height} are distorted; FRAME_SIZE = {fitting} keeps their shape.")
+    return digests
+
+
 def main():
-    """Labels -> frames -> feature vectors -> network -> counts -> figures and numbers."""
+    """Labels -> windows -> feature vectors -> network -> counts -> figures and numbers."""
     check_constants()
     if COUNT:
         return count_folder()
-    labels = read_labels(at(LABELS))
-    ids, counts = labels.index.to_numpy(), labels.to_numpy()
-    n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
-    if not 1 < n_train < n:
-        raise InputError(f"{at(LABELS)}: {n} frames, too few for {TRAIN_FRACTION = }")
-    paths = find_frames(ids)
-    print(f"{n} frames: the first {n_train} train, the last {n - n_train} validate.")
-    check_frames(paths)
-    outputs = at(OUTPUTS)
+    started = time.time()
+    keras.config.set_image_data_format("channels_last")
 
-    # Spatial: every frame and copy passes the frozen ResNet50 once.
-    frames = Frames(paths, FRAME_SIZE, n_train)
-    backbone, features, weights = extract_features(frames, n_train, outputs / "feature_cache")
-    trained_on = np.r_[:n_train, n : len(features)]  # training frames and their copies
-    spatial, features = build_spatial(backbone, features, trained_on)
+    # Data: N windows of T of P pictures, some of which have copies.
+    table, paths, windows = load_data()
+    counts = table["true"].to_numpy(float)
+    n_train = int((table["split"] == "train").sum())
+    cache = at(CACHE) if CACHE_FEATURES else None
+    digests = check_pictures(paths, table, cache)
+    outputs = prepare_folder(at(OUTPUTS), RESULTS)
+    frames = Frames(paths, digests, FRAME_SIZE, np.unique(windows[:n_train]))
 
-    # Temporal and regression: trained on windows of coordinates (N + C, K).
+    # Stage 1, spatial: frozen ResNet50, PCA of the training pictures.
+    backbone, weights = build_backbone(frames)
+    features = np.concatenate(list(extract_features(backbone, frames, cache)))  # (P + C, F)
+    reduction = build_reduction(features[frames.trained_on])
+    spatial = build_spatial(backbone, reduction)
+
+    # Stages 2 and 3, temporal and regression, train.
     keras.utils.set_random_seed(SEED)
-    basis = find_basis(features[trained_on])
-    coordinates = features @ basis
-    temporal = build_temporal(basis.shape[1])
+    vectors = reduction.predict(features, verbose=0)  # (P + C, K)
+    temporal = build_temporal(vectors.shape[1])
     regression = build_regression(counts[:n_train])
-    head = keras.Sequential([temporal, regression])
-    windows = make_windows(ids, SEQUENCE_LENGTH)  # (N, T)
-    training = WindowSequence(coordinates, windows[:n_train], counts[:n_train], frames.copy_of)
-    validation = WindowSequence(coordinates, windows[n_train:], counts[n_train:])
-    history = train(head, training, validation)
+    stages, images = [temporal, regression], vectors
+    if not CACHE_FEATURES:
+        stages, images = [spatial, temporal, regression], frames
+    model = keras.Sequential(stages)
+    batch_size = min(BATCH_SIZE, math.ceil(n_train / 4))  # small sets need the steps
+    training = WindowSequence(
+        images, windows[:n_train], counts[:n_train], batch_size, shuffle=True, copy_of=frames.copy_of)
+    validation = None
+    if n_train < len(table):
+        validation = WindowSequence(images, windows[n_train:], counts[n_train:], batch_size)
+    history = train(model, training, validation)
 
-    # The whole network, and every frame's count.
-    network = build_network(spatial, temporal, basis, regression)
-    predicted = head.predict(WindowSequence(coordinates, windows, counts), verbose=0)[:, 0]
-    split = np.where(np.arange(n) < n_train, "train", "validation")
-    table = {"id": ids, "split": split, "true": counts.astype(int), "predicted": predicted}
-    run = {"weights": weights, "precision": choose_precision(), "features": features.shape[1]}
-    save_results(outputs, network, history, pd.DataFrame(table), paths, run)
+    # The whole network, and the count of every label's picture.
+    predicted = model.predict(WindowSequence(images, windows, counts, batch_size), verbose=0)[:, 0]
+    check_trained(predicted[:n_train], counts[:n_train])
+    table["predicted"] = np.maximum(predicted, 0)
+    network = build_network(spatial, temporal, regression)
+    run = {"weights": weights, "precision": choose_precision(), "device": describe_device()[0],
+           "features": features.shape[1], "components": vectors.shape[1]}
+    summary, baseline = save_results(outputs, network, history, table, run)
+    shown = [paths[row] for row in windows[n_train:, -1]]
+    save_figures(outputs, lambda: draw_figures(history, table, baseline, shown, summary))
+    for folder in (outputs, at(CACHE)):
+        sweep(folder, started)
 
 
 def run_as_script():
@@ -753,6 +1095,8 @@ def run_as_script():
     try:
         main()
     except (InputError, OSError) as error:
+        if sys.flags.dev_mode:  # python -X dev
+            raise
         sys.exit(shorten(f"Error: {error}", 500))
 
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["MPLBACKEND"] = "agg"
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent / "tools")]
 
 import keras
 import matplotlib.pyplot as plt
@@ -28,6 +28,7 @@ import tscrowdnet_train as ts
 RESNET50 = keras.applications.ResNet50
 COMPILE = keras.Model.compile
 SCRIPT = Path(ts.__file__)
+TOOLS = SCRIPT.parent / "tests" / "tools"
 TINY = {
     "FRAME_SIZE": (48, 64),
     "WEIGHTS": None,
@@ -41,6 +42,7 @@ TINY = {
 
 def pytest_configure(config):
     """Warnings that are not ours to mend, by name."""
+    config.addinivalue_line("markers", "beside(program): one of PROGRAMS runs beside all other tests")
     for warning in (
         "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning",  # Keras 3 with NumPy 2
         "ignore:.*np.object.*:FutureWarning",  # Keras's names of NumPy types
@@ -93,6 +95,12 @@ def check_whole(outputs):
             assert zipfile.ZipFile(path).testzip() is None
         elif path.name in ("predictions.csv", "history.csv"):
             assert path.read_text().endswith("\n") and len(pd.read_csv(path)) in (20, 2)
+
+
+def read_frames(folder):
+    """The pictures of a tiny video as the script reads them."""
+    paths = ts.list_pictures(folder / "frames" / "frames")
+    return ts.Frames(paths, ts.digest_pictures(paths)[0], TINY["FRAME_SIZE"])
 
 
 def results(outputs):
@@ -183,42 +191,51 @@ def start(arguments, cwd, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def processes(request, first_run, tmp_path_factory):
-    """{test: (its folder, its process, to be waited for)}: one after another beside all other tests, for those tests
-    that were asked for."""
-    user, bad, killed = (make_video(tmp_path_factory.mktemp(name)) for name in ("user", "bad", "killed"))
-    (bad / "labels.csv").unlink()
-    alone = tmp_path_factory.mktemp("alone")
-    shutil.copy(SCRIPT, alone)
+def user(folder, _):
+    return [edited_copy(make_video(folder), **TINY)]
+
+
+def bad(folder, _):
+    make_video(folder)
+    (folder / "labels.csv").unlink()
+    return [edited_copy(folder, **TINY)]
+
+
+def killed(folder, first_run):
+    return [TOOLS / "killed_runs.py", make_video(folder), (first_run / "seconds").read_text()]
+
+
+def saved(folder, first_run):
+    np.save(folder / "windows.npy", read_frames(first_run)[ts.make_windows(range(20), 5)])
+    return [TOOLS / "predict_saved.py", first_run / "outputs" / "ts_crowdnet.keras", folder / "windows.npy", folder / "counts.npy"]
+
+
+def alone(folder, _):
+    shutil.copy(SCRIPT, folder)
     code = "import os, signal; before = signal.getsignal(2), os.fstat(2); import tscrowdnet_train as ts; "
-    code += "print(ts.EPOCHS, (signal.getsignal(2), os.fstat(2)) == before)"
-    killed_runs = [SCRIPT.parent / "tests" / "killed_runs.py", killed, (first_run / "seconds").read_text()]
-    frames = ts.Frames(sorted((first_run / "frames" / "frames").iterdir()), TINY["FRAME_SIZE"])
-    np.save(alone.with_name("windows.npy"), frames[range(20)][ts.make_windows(np.arange(20), 5)])
-    files = [first_run / "outputs" / "ts_crowdnet.keras", alone.with_name("windows.npy"), alone.with_name("counts.npy")]
-    runs = {
-        "test_the_saved_model_predicts_on_frames_what_was_predicted_from_features": (
-            alone.parent,
-            [SCRIPT.parent / "tests" / "predict_saved.py", *files],
-        ),
-        "test_a_user_runs_the_script": (user, [edited_copy(user, **TINY)]),
-        "test_killed_at_random_moments_a_run_ends_with_the_same_digits": (killed, killed_runs),
-        "test_one_line_and_exit_status_1": (bad, [edited_copy(bad, **TINY)]),
-        "test_importing_does_nothing": (alone, ["-B", "-c", code]),
-    }
-    chosen = {item.name for item in request.session.items}
+    return ["-B", "-c", code + "print(ts.EPOCHS, (signal.getsignal(2), os.fstat(2)) == before)"]
+
+
+PROGRAMS = {"user": user, "bad": bad, "killed": killed, "saved": saved, "alone": alone}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes(request, tmp_path_factory):
+    """{program: (its folder, its process, to be waited for)} of the tests marked with beside(program): they run one after
+    another beside all other tests. Nothing is started where no such test is chosen."""
+    marks = [item.get_closest_marker("beside") for item in request.session.items]
     with ThreadPoolExecutor(1) as pool:
-        yield {
-            test: (folder, pool.submit(start, arguments, alone))
-            for test, (folder, arguments) in runs.items()
-            if test in chosen
-        }
+        started = {}
+        for program in dict.fromkeys(mark.args[0] for mark in marks if mark):
+            folder = tmp_path_factory.mktemp(program)
+            arguments = PROGRAMS[program](folder, request.getfixturevalue("first_run"))
+            started[program] = folder, pool.submit(start, arguments, folder)
+        yield started
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
 def beside(request, processes):
     """Waits for the process of a test: its folder, and what became of it."""
-    folder, run = processes[request.node.name]
+    folder, run = processes[request.node.get_closest_marker("beside").args[0]]
     return lambda: (folder, run.result())

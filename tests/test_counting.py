@@ -1,5 +1,6 @@
 """Counting new footage with a saved model."""
 
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -55,15 +56,17 @@ def test_frames_unlike_the_training_frames_are_marked(finished, constants, capsy
 
 def test_the_figure_of_counts_shades_single_frames_too():
     table = pd.DataFrame({"count": [3.0, 4, np.nan, 5], "unfamiliar": pd.array([False, True, pd.NA, False], "boolean")})
-    (axes,) = ts.draw_counts(table)["counts"].axes
+    (axes,) = ts.draw_counts(table).axes
     (shade,) = axes.images
     assert shade.get_array().tolist() == [[0, 1, 1, 0]] and shade.get_extent()[:2] == [-0.5, 3.5]
 
 
 def test_footage_is_taken_in_the_order_of_its_numbers(tmp_path):
     names = ["frame_1.jpg", "frame_2.PNG", "frame_10.jpeg", "frame_10b.webp", "frame_100.tif"]
+    names += [f"x_{number}.jpg" for number in (99999999999999, 100000000000000)]
     for name in [*names, "._frame_3.jpg", ".hidden", "clip.mpg", "notes.pdf"]:
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "frame_3.jpg").mkdir()
     assert [path.name for path in ts.list_pictures(tmp_path)] == names
 
 
@@ -92,7 +95,7 @@ def test_another_model_is_refused_in_a_line(finished, constants, monkeypatch):
     assert len(ts.count_people("~/outputs/ts_crowdnet.keras", "~/frames/frames")) == 20
 
 
-def test_a_model_of_another_keras_is_refused_with_the_name_of_this_one(finished):
+def test_a_model_of_another_keras_is_refused_with_both_names(finished):
     """Saved by a version with an argument that this one does not know."""
     saved = finished / "outputs" / "ts_crowdnet.keras"
     newer = finished / "newer.keras"
@@ -101,10 +104,12 @@ def test_a_model_of_another_keras_is_refused_with_the_name_of_this_one(finished)
             data = source.read(name)
             if name == "config.json":
                 data = data.replace(b'"unit_forget_bias": true', b'"unit_forget_bias": true, "unknown": 1')
+            if name == "metadata.json":
+                data = data.replace(keras.__version__.encode(), b"99.0")
             target.writestr(name, data)
     with pytest.raises(ts.InputError) as refusal:
         ts.count_people(newer, finished / "frames" / "frames")
-    for part in ("newer.keras", keras.__version__, "unknown"):
+    for part in ("newer.keras", f"with Keras {keras.__version__} but with 99.0", "unknown"):
         assert part in str(refusal.value)
 
 
@@ -122,7 +127,7 @@ def test_damaged_frames_have_an_empty_count_and_are_named(finished, constants, c
     constants(COUNT="frames/frames")
     ts.main()
     said = capsys.readouterr().out
-    assert "2 of 20 frames cannot be read: seq_000007.jpg" in said
+    assert "2 of 20 pictures cannot be read: seq_000007.jpg" in said
     counts = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")
     assert counts.index.tolist() == whole.index.tolist(), "rows and files stay aligned"
     empty = counts["count"].isna()
@@ -138,7 +143,7 @@ def test_footage_without_one_whole_frame_is_refused(finished):
     with pytest.raises(ts.InputError, match="deep.png.*8 bits"):
         ts.count_people(finished / "outputs" / "ts_crowdnet.keras", [finished / "deep.png"])
     damage(frames, range(1, 21))
-    with pytest.raises(ts.InputError, match="20 of 20 frames cannot be read") as refusal:
+    with pytest.raises(ts.InputError, match="20 of 20 pictures cannot be read") as refusal:
         ts.count_people(finished / "outputs" / "ts_crowdnet.keras", frames)
     assert len(str(refusal.value)) < 500
 
@@ -152,6 +157,8 @@ def test_frames_come_as_files_or_arrays(finished, form):
     expected = ts.count_people(model, paths)["count"].to_numpy()
     counts = ts.count_people(model, frames)["count"].to_numpy()
     np.testing.assert_allclose(counts, expected, atol=1e-3)
+    one = ts.count_people(model, str(paths[0]))["count"]
+    assert one.index.tolist() == ["seq_000001.jpg"] and one.iloc[0] == pytest.approx(expected[0], abs=1e-3)
 
 
 def test_arrays_that_are_no_pictures_are_refused(finished):
@@ -164,67 +171,172 @@ def test_arrays_that_are_no_pictures_are_refused(finished):
 def test_a_video_file_or_an_empty_folder_is_answered_with_the_command_that_makes_frames(finished):
     (finished / "clip.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
     (finished / "clips").mkdir()
-    for name in ("clip.mp4", "clips"):
-        with pytest.raises(ts.InputError, match=f"{name}: no frames to count.*ffmpeg -i"):
+    for name, problem in (("clip.mp4", "no frames to count"), ("clips", "no frames to count"), ("none", "no such folder or picture")):
+        with pytest.raises(ts.InputError, match=f"{name}: {problem}.*ffmpeg -i"):
             ts.count_people(finished / "outputs" / "ts_crowdnet.keras", finished / name)
 
 
-def test_a_loaded_model_is_traced_once_for_all_calls(finished, monkeypatch):
-    model = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
+def test_a_loaded_model_is_traced_once_for_all_calls(finished):
+    """With as many frames in each call. A function that is traced runs as Python, which the counter sees."""
+    traced = []
+
+    @keras.saving.register_keras_serializable("tests")
+    class Witness(keras.layers.Layer):
+        def call(self, inputs):
+            traced.append(1)
+            return inputs
+
+    saved = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
+    encoder, temporal, regression = saved.get_layer("spatial").layer, saved.get_layer("temporal"), saved.get_layer("regression")
+    frame = encoder.get_layer("backbone")
+    frame = keras.Model(frame.input, Witness()(frame.output), name="backbone")
+    encoder = keras.Sequential([frame, encoder.get_layer("reduction")])
+    model = ts.build_network(keras.layers.TimeDistributed(encoder, name="spatial"), temporal, regression)
     frames = np.stack([np.asarray(Image.open(path)) for path in sorted((finished / "frames" / "frames").iterdir())])
     ts.count_people(model, frames[:4])
-    traced = []
-    spatial = model.get_layer("spatial").layer
-    call = type(spatial).call
-    monkeypatch.setattr(type(spatial), "call", lambda *inputs, **options: traced.append(1) or call(*inputs, **options))
+    assert traced
+    traced.clear()
     first, second = (ts.count_people(model, frames[start : start + 4]) for start in (4, 8))
     assert not traced and (first["count"] != second["count"]).all()
 
 
-def test_a_count_that_was_cut_short_goes_on_where_it_was(finished, constants, monkeypatch):
-    footage = finished / "footage"
-    footage.mkdir()
-    for copy in range(5):
-        for path in sorted((finished / "frames" / "frames").iterdir()):
-            shutil.copy(path, footage / f"{copy}_{path.name}")
-    constants(COUNT="footage")
-    load, loaded = ts.Frames.load, []
+@pytest.fixture
+def loaded(monkeypatch):
+    """The names of the pictures that ResNet50 is given."""
+    names, load = [], ts.Frames.load
 
-    def fails_late(frames, row):
-        loaded.append(row)
-        if row > 70:
-            raise KeyboardInterrupt
+    def note(frames, row):
+        names.append(getattr(frames.sources[row], "name", row))
         return load(frames, row)
 
-    monkeypatch.setattr(ts.Frames, "load", fails_late)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(ts.Frames, "load", note)
+    return names
+
+
+def test_a_count_that_was_cut_short_goes_on_where_it_was(finished, constants, monkeypatch, loaded):
+    """And a growing folder costs only its new pictures."""
+    constants(COUNT="frames/frames", FRAME_BATCH=1)
+    shutil.rmtree(finished / "feature_cache")
+    new = [f"seq_{frame:06d}.jpg" for frame in range(1, 21)]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ts, "write_files", interrupt_after(1, ts.write_files))
         ts.main()
-    assert min(loaded) == 0
+    assert set(loaded) >= set(new[:8])
     loaded.clear()
-    monkeypatch.setattr(ts.Frames, "load", lambda frames, row: loaded.append(row) or load(frames, row))
     ts.main()
-    assert min(loaded) == 60, "the first 64 are not counted again; 4 frames before the others are seen"
+    assert sorted(loaded) == new[8:], "the first 8 are not read again"
     counts = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")["count"]
-    expected = ts.count_people(finished / "outputs" / "ts_crowdnet.keras", footage)["count"]
+    expected = ts.count_people(finished / "outputs" / "ts_crowdnet.keras", finished / "frames" / "frames")["count"]
     np.testing.assert_allclose(counts, expected, atol=1e-3)
+    Image.new("RGB", (64, 48)).save(finished / "frames" / "frames" / "seq_000021.jpg")
+    loaded.clear()
+    ts.main()
+    assert loaded == ["seq_000021.jpg"]
 
 
-def test_a_cache_leaves_the_other_files_of_its_folder_alone(finished):
-    """With paths as text, as in the README."""
-    paths = [str(path) for path in sorted((finished / "frames" / "frames").iterdir())[:3]]
-    folder = finished / "outputs"
-    before = sorted(folder.rglob("*"))
-    counts = ts.count_people(str(folder / "ts_crowdnet.keras"), [*paths, "missing.jpg"], cache=str(folder))
-    assert counts["count"].isna().tolist() == [False] * 3 + [True]
-    (cache,) = set(folder.rglob("*")) - set(before)
-    assert cache.name.startswith("cache_") and set(before) <= set(folder.rglob("*"))
+def interrupt_after(calls, function):
+    """function, which from so many calls on is interrupted before it begins."""
+    made = []
+
+    def interrupted(*arguments):
+        if len(made) == calls:
+            raise KeyboardInterrupt
+        made.append(1)
+        return function(*arguments)
+
+    return interrupted
 
 
-def test_a_cache_knows_which_frames_could_be_read(finished):
-    """Without its unreadable frame, the same footage has other windows."""
-    paths, model = sorted((finished / "frames" / "frames").iterdir())[:6], finished / "outputs" / "ts_crowdnet.keras"
-    damage(finished / "frames" / "frames", [3])
-    ts.count_people(model, paths, cache=finished / "cache")
-    del paths[2]
-    again = ts.count_people(model, paths, cache=finished / "cache")["count"]
-    np.testing.assert_allclose(again, ts.count_people(model, paths)["count"], atol=1e-4)
+@pytest.mark.parametrize("model", ["path", "loaded"])
+def test_a_cache_leaves_the_other_files_of_its_folder_alone(finished, monkeypatch, loaded, model):
+    """With paths as text, as in the README, some of them of the user's home; and with arrays."""
+    monkeypatch.setenv("HOME", str(finished))
+    folder = finished / "mine"
+    folder.mkdir()
+    for name in ("cache_of_mine.npy", "notes.txt"):
+        (folder / name).write_bytes(b"mine")
+    paths = [f"~/frames/frames/seq_{frame:06d}.jpg" for frame in (1, 2, 3)]
+    network = "~/outputs/ts_crowdnet.keras"
+    if model == "loaded":
+        network = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
+    for _ in range(2):
+        counts = ts.count_people(network, [*paths, "missing.jpg", np.zeros((48, 64, 3), "uint8")], cache="~/mine")
+        assert counts["count"].isna().tolist() == [False] * 3 + [True, False]
+    assert len(loaded) == 4, "the second time all are known"
+    assert [(folder / name).read_bytes() for name in ("cache_of_mine.npy", "notes.txt")] == [b"mine"] * 2
+
+
+def test_two_cameras_of_equal_names_sizes_and_times_do_not_share_features(finished, loaded):
+    """As a zip file or git leave them."""
+    cameras = []
+    for shade in (0, 200):
+        folder = finished / f"camera {shade}"
+        folder.mkdir()
+        Image.new("RGB", (64, 48), (shade,) * 3).save(folder / "frame_1.bmp")
+        picture = np.random.default_rng(shade).integers(0, 255, (48, 64, 3)).astype("uint8")
+        Image.fromarray(picture).save(folder / "frame_2.bmp")
+        for path in folder.iterdir():
+            os.utime(path, (1e9, 1e9))
+        cameras.append(folder)
+    model = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
+    apart = [ts.count_people(model, folder)["count"].iloc[1] for folder in cameras]
+    loaded.clear()
+    cached = [ts.count_people(model, folder, cache=finished / "cache")["count"].iloc[1] for folder in cameras]
+    assert loaded == ["frame_1.bmp", "frame_2.bmp"] * 2 and cached == pytest.approx(apart, abs=1e-4) and cached[0] != cached[1]
+
+
+def keep(frames):
+    """Keeps these of the 20 pictures."""
+
+    def prepare(folder):
+        for path in (folder / "frames" / "frames").iterdir():
+            if int(path.stem[4:]) not in frames:
+                path.unlink()
+        labels = pd.read_csv(folder / "labels.csv")
+        labels[labels["id"].isin(frames)].to_csv(folder / "labels.csv", index=False)
+
+    return prepare
+
+
+def label(frames):
+    """Leaves these of the 20 labels."""
+
+    def prepare(folder):
+        labels = pd.read_csv(folder / "labels.csv")
+        labels.assign(count=labels["count"].where(labels["id"].isin(frames))).to_csv(folder / "labels.csv", index=False)
+
+    return prepare
+
+
+def rename(pattern):
+    def prepare(folder):
+        for path in (folder / "frames" / "frames").iterdir():
+            path.rename(path.with_name(pattern.format(int(path.stem[4:]) % 60, int(path.stem[4:]) // 60)))
+
+    return prepare
+
+
+FOLDERS = {
+    "consecutive": (lambda folder: None, 16),
+    "strided": (keep(range(1, 21, 2)), 6),
+    "broken": (keep([*range(1, 8), *range(12, 21)]), 8),
+    "bursts": (keep([1, 2, 3, 7, 8, 9, 13, 14, 15, 19, 20]), 0),
+    "sparsely labelled": (label([5, 9, 13, 17, 20]), 5),
+    "a stray picture without a number": (lambda folder: Image.new("RGB", (64, 48)).save(folder / "frames/frames/empty.png"), 17),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_training_and_counting_see_the_same_windows(case, video, run, capsys):
+    prepare, whole = FOLDERS[case]
+    prepare(video)
+    _, table = run(EPOCHS=1)
+    labels = pd.read_csv(video / "labels.csv").dropna()
+    assert table["id"].tolist() == labels["id"].tolist() and table["true"].tolist() == labels["count"].tolist()
+    run(COUNT="frames/frames")
+    said = capsys.readouterr().out
+    counts = pd.read_csv(video / "outputs" / "counts.csv", index_col="frame")["count"]
+    counts = counts[[f"seq_{frame:06d}.jpg" for frame in table["id"]]]
+    assert np.abs(counts.to_numpy() - table["predicted"]).max() < 2e-3
+    if case != "a stray picture without a number":
+        assert f"{len(labels)} windows, {whole} of them whole" in said

@@ -1,7 +1,9 @@
 """Windows, split, Sequence, label formats and metrics."""
 
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.io
 from PIL import Image
@@ -9,36 +11,68 @@ from PIL import Image
 import tscrowdnet_train as ts
 
 
-def windows_by_definition(ids, length):
-    """The window of each frame by walking back one id at a time."""
-    row = {frame: place for place, frame in enumerate(ids)}
+def windows_by_definition(times, step, length):
+    """The window of each picture by walking back one step at a time."""
+    row = {moment: place for place, moment in enumerate(times)}
     found = []
-    for frame in ids:
-        window = [frame]
+    for moment in times:
+        window = [moment]
         while len(window) < length:
-            window.insert(0, window[0] - 1 if window[0] - 1 in row else window[0])
-        found.append([row[frame] for frame in window])
+            window.insert(0, window[0] - step if window[0] - step in row else window[0])
+        found.append([row[moment] for moment in window])
     return np.array(found)
 
 
 @pytest.mark.parametrize("length", range(1, 9))
-@pytest.mark.parametrize("ids", [[1, 2, 3, 4, 5, 6, 7], [7, 8, 9, 20, 21, 22, 23, 40], [5], [1, 3, 5, 7]])
-def test_windows(ids, length):
-    windows = ts.make_windows(np.array(ids), length)
-    assert windows.tolist() == windows_by_definition(ids, length).tolist()
-    assert (windows[:, -1] == np.arange(len(ids))).all(), "one window for each frame, ending at it"
+@pytest.mark.parametrize(
+    ("times", "step"),
+    [([1, 2, 3, 4, 5, 6, 7], 1), ([7, 8, 9, 20, 21, 22, 23, 40], 1), ([5], 1), ([0, 5, 10, 15, 30, 35], 5), ([3, 1, 2, 9, 8], 1)],
+    ids=["consecutive", "broken", "one", "strided", "in no order"],
+)
+def test_windows(times, step, length):
+    windows = ts.make_windows(times, length)
+    assert windows.tolist() == windows_by_definition(times, step, length).tolist()
+    assert (windows[:, -1] == np.arange(len(times))).all(), "one window for each picture, ending at it"
 
 
 def test_windows_worked_by_hand():
-    assert ts.make_windows(np.array([1, 2, 3, 7, 8]), 3).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [3, 3, 3], [3, 3, 4]]
+    assert ts.make_windows([1, 2, 3, 7, 8], 3).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [3, 3, 3], [3, 3, 4]]
+    milliseconds = [1700000000000, 1700000000033, 1700000000067, 1700000000100, 1700000000300]
+    assert ts.make_windows(milliseconds, 3)[-2:].tolist() == [[1, 2, 3], [4, 4, 4]], "steps of 33 and 34 are one step"
+    assert ts.make_windows([10**30, 10**30 + 1], 2).tolist() == [[0, 0], [0, 1]]
+
+
+NAMES = {  # what the pictures are called: (names in order, their windows of 2)
+    "numbers": (["a_2.jpg", "a_10.jpg", "a_18.jpg", "a_40.jpg"], [[0, 0], [0, 1], [1, 2], [3, 3]]),
+    "the last number counts": (["cam3_7_5fps.jpg", "cam3_8_6.png"], [[0, 0], [0, 1]]),
+    "a clock, over a minute and midnight": (
+        ["x_20240101_235958.jpg", "x_20240101_235959.jpg", "x_20240102_000000.jpg", "x_20240102_000009.jpg"],
+        [[0, 0], [0, 1], [1, 2], [3, 3]],
+    ),
+    "a clock with signs": (["2024-01-01 10-00-59.jpg", "2024-01-01 10-01-00.jpg"], [[0, 0], [0, 1]]),
+    "14 digits that are no date": (["00000000000007.jpg", "00000000000008.jpg"], [[0, 0], [0, 1]]),
+    "Unix times": (["1700000059.jpg", "1700000060.jpg", "1700000061.jpg", "1700000091.jpg"], [[0, 0], [0, 1], [1, 2], [3, 3]]),
+    "nanoseconds": (["1700000000000000000.jpg", "1700000001000000000.jpg"], [[0, 0], [0, 1]]),
+    "one without a number: as given": (["a_1.jpg", "a_2.jpg", "a_90.jpg", "last.jpg"], [[0, 0], [0, 1], [1, 2], [2, 3]]),
+    "one number twice: as given": (["a_1.jpg", "b_1.jpg", "b_50.jpg"], [[0, 0], [0, 1], [1, 2]]),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_windows_go_by_the_numbers_in_the_names(case):
+    names, expected = NAMES[case]
+    assert ts.make_windows(ts.find_times([Path(name) for name in names]), 2).tolist() == expected
+
+
+def test_arrays_are_taken_in_the_order_given():
+    assert ts.find_times([np.zeros((2, 2, 3), "uint8")] * 3) == [0, 1, 2]
 
 
 @pytest.fixture
-def sequence(monkeypatch):
-    monkeypatch.setattr(ts, "BATCH_SIZE", 4)
+def sequence():
     source = np.arange(10.0)[:, None] * [1, 10]  # feature values tell their row
-    windows = ts.make_windows(np.arange(10), 3)
-    return lambda **options: ts.WindowSequence(source, windows, np.arange(10) + 100.0, **options)
+    windows = ts.make_windows(range(10), 3)
+    return lambda **options: ts.WindowSequence(source, windows, np.arange(10) + 100.0, 4, **options)
 
 
 def read(sequence):
@@ -50,13 +84,13 @@ def test_sequence_covers_every_window_in_order_and_keeps_the_tail(sequence):
     x, y = read(sequence())
     assert [len(sequence()[batch][0]) for batch in range(3)] == [4, 4, 2]
     assert y.tolist() == (np.arange(10) + 100).tolist()
-    assert x[:, :, 0].tolist() == ts.make_windows(np.arange(10), 3).tolist()
+    assert x[:, :, 0].tolist() == ts.make_windows(range(10), 3).tolist()
     assert (x[:, :, 1] == 10 * x[:, :, 0]).all()
 
 
 def test_sequence_shuffles_anew_each_epoch_and_alike_for_one_seed(sequence, monkeypatch):
     def epochs():
-        training = sequence(copy_of=np.arange(10))
+        training = sequence(shuffle=True, copy_of=np.arange(10))
         orders = []
         for _ in range(3):
             x, y = read(training)
@@ -73,13 +107,12 @@ def test_sequence_shuffles_anew_each_epoch_and_alike_for_one_seed(sequence, monk
     assert epochs() != first
 
 
-def test_about_half_of_the_windows_show_copies_and_every_epoch_draws_anew(monkeypatch):
-    """Frames 0, 4 and 8 have copies, in rows 10, 11 and 12; a window shows all of its copies or none."""
-    monkeypatch.setattr(ts, "BATCH_SIZE", 4)
+def test_about_half_of_the_windows_show_copies_and_every_epoch_draws_anew():
+    """Pictures 0, 4 and 8 have copies, in rows 10, 11 and 12; a window shows all of its copies or none."""
     copy_of = np.arange(10)
     copy_of[[0, 4, 8]] = [10, 11, 12]
-    windows = ts.make_windows(np.arange(10), 3)
-    training = ts.WindowSequence(np.arange(13.0)[:, None], windows, np.arange(10.0), copy_of)
+    windows = ts.make_windows(range(10), 3)
+    training = ts.WindowSequence(np.arange(13.0)[:, None], windows, np.arange(10.0), 4, True, copy_of)
     with_copies = []
     for _ in range(40):
         x, y = read(training)
@@ -100,6 +133,7 @@ LABELS = {
     "tabs, spaces, capitals": b" ID\tCount \r\n1\t 5\r\n2\t0\r\n3\t7\r\n",
     "blank lines, whole floats": b"id,count\n1.0,5.0\n\n2,0\n3,7\n\n",
     "semicolons in a note of the header": b'id,count,"notes; of; the; day"\n1,5,a\n2,0,b\n3,7,c\n',
+    "UTF-16": "id\tcount\n1\t5\n2\t0\n3\t7\n".encode("utf-16"),
     "quoted names": b'"id","count"\n"1","5"\n2,0\n3,7\n',
 }
 
@@ -110,6 +144,14 @@ def test_label_formats(tmp_path, text):
     path.write_bytes(text)
     labels = ts.read_labels(path)
     assert labels.index.tolist() == [1, 2, 3] and labels.tolist() == [5, 0, 7]
+
+
+def test_a_sheet_may_be_filled_in_here_and_there(tmp_path):
+    """Sums of density maps, pictures without a count, ids of any size."""
+    path = tmp_path / "labels.csv"
+    path.write_text("id,count\n1700000001,38.006\n1700000002,\n,\n1700000003,0\n1700000000000000001,7\n")
+    labels = ts.read_labels(path).dropna()
+    assert labels.to_dict() == {1700000001: 38.006, 1700000003: 0, 1700000000000000001: 7}
 
 
 def test_mat_labels(tmp_path):
@@ -132,30 +174,51 @@ def test_metrics_worked_by_hand():
     assert ts.measure(np.zeros(3), np.array([0.0, 0.49, 0.51]))["accuracy"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("name", ["frame_{}.JPG", "img{:04}.png", "seq_{}.jpeg", "2019_cam3_{:06}.bmp"])
-def test_frames_are_matched_by_the_last_number_in_their_names(video, constants, name):
+def test_few_counts_have_a_standard_error():
+    errors = np.array([1.0, 3, 2, 0])
+    assert ts.measure(np.full(4, 9.0), 9 + errors)["mae_standard_error"] == pytest.approx(errors.std(ddof=1) / 2)
+    for n in (1, 100):
+        assert "mae_standard_error" not in ts.measure(np.zeros(n), np.ones(n))
+
+
+@pytest.mark.parametrize("name", ["frame_{}.JPG", "img{:04}.png", "seq_{}.jpeg", "2019_cam3_{:06}.bmp", "20240101_1000{:02}.jpg"])
+def test_labels_are_matched_by_the_last_number_in_the_names(video, constants, name):
     folder = video / "frames" / "frames"
     for path in folder.iterdir():
         Image.open(path).save(folder / name.format(int(path.stem[4:])))
         path.unlink()
-    assert [path.name for path in ts.find_frames([1, 2, 20])] == [name.format(frame) for frame in (1, 2, 20)]
+    paths = ts.list_pictures(folder)
+    first = 100000 if name.startswith("20240101") else 0
+    for ids in ([first + 1, first + 2, first + 20], [20240101100020]) if first else ([1, 2, 20],):
+        rows = ts.find_labelled(paths, pd.Index(ids))
+        assert [paths[row].name for row in rows] == [name.format(frame % 100) for frame in ids]
 
 
-def test_copies_show_the_same_scene_in_other_light_from_a_nudged_camera(video, constants):
+def read_copies(paths, training, **options):
+    frames = ts.Frames(paths, ts.digest_pictures(paths)[0], (48, 64), training, **options)
+    return frames, frames[range(len(frames))].astype(float)
+
+
+def test_copies_show_the_same_scene_in_other_light_from_a_nudged_camera(video, constants, monkeypatch):
     constants(AUGMENT=1)
-    paths = ts.find_frames([1, 2]) * 2
-    frames = ts.Frames(paths, (48, 64), n_train=4)
-    assert len(frames.sources) == 8 and frames.copy_of.tolist() == [4, 5, 6, 7]
-    shown = frames[np.arange(8)].astype(float)
+    paths = ts.list_pictures(video / "frames" / "frames")[:4]
+    frames, shown = read_copies(paths, range(4))
+    assert len(frames) == 8 and frames.copy_of.tolist() == [4, 5, 6, 7] and frames.trained_on.tolist() == list(range(8))
     with Image.open(paths[0]) as image:
-        assert (shown[0] == np.asarray(image)).all(), "frames themselves stay as they are"
-    for frame, copy in enumerate(frames.copy_of):
-        change = np.abs(shown[copy] - shown[frame]).mean()
-        assert 2 < change < 60, "changed, but not beyond recognition"
-    assert np.abs(shown[4] - shown[6]).mean() > 2, "each copy in a way of its own"
-    assert (frames[[4]] == shown[4]).all(), "and always the same for the same SEED"
-    constants(SEED=1)
-    assert np.abs(frames[[4]] - shown[4]).mean() > 2
+        assert (shown[0] == np.asarray(image)).all(), "pictures themselves stay as they are"
+    changes = shown[4:] - shown[:4]
+    assert (2 < np.abs(changes).mean(axis=(1, 2, 3))).all() and (np.abs(changes).mean(axis=(1, 2, 3)) < 60).all()
+    assert np.ptp(changes.mean(axis=(1, 2, 3))) > 2, "each copy in a way of its own"
+    constants(AUGMENT=1, SEED=1)
+    frames, others = read_copies(paths[2:], range(2))
+    assert (others[2:] == shown[6:]).all(), "a copy belongs to its picture, whatever the experiment"
+
+
+def test_rows_of_any_shape_are_read(video, constants):
+    paths = ts.list_pictures(video / "frames" / "frames")
+    frames, shown = read_copies(paths, ())
+    windows = np.array([[0, 0, 1], [3, 2, 2]])
+    assert (frames[windows] == shown[windows]).all() and frames[windows].dtype == "uint8"
 
 
 def test_jitter_keeps_within_its_bounds():

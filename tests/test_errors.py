@@ -4,6 +4,7 @@ import io
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import scipy.io
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import make_video
+from conftest import make_video, read_frames
 
 
 def write(name, content):
@@ -48,6 +49,16 @@ def truncate(name, keep):
     return prepare
 
 
+def zeros(name):
+    """The second half of a file as a recorder leaves it that reserved room and was cut off."""
+
+    def prepare(folder):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: len(data) // 2] + bytes(len(data) // 2))
+
+    return prepare
+
+
 def several(*preparations):
     return lambda folder: [prepare(folder) for prepare in preparations]
 
@@ -75,18 +86,18 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "no labels file": (remove("labels.csv"), {}, ["labels.csv", "No such file", "LABELS"]),
     "labels is a folder": (None, {"LABELS": "frames"}, ["frames", "Is a directory"]),
     "empty labels": (labels(""), {}, ["labels.csv", "id,count"]),
-    "only a header": (labels("id,count\n"), {}, ["labels.csv", "0 frames", "too few"]),
+    "only a header": (labels("id,count\n"), {}, ["labels.csv", "0 labels", "too few"]),
+    "a sheet not filled in": (labels("id,count\n1,\n2,\n"), {}, ["labels.csv", "0 labels", "too few"]),
     "not CSV": (labels(bytes(range(256)) * 20), {}, ["labels.csv", "id,count"]),
     "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv", "first line", "id,count"]),
     "a column twice": (labels("id,count,Count\n1,2,3\n"), {}, ["labels.csv", "first line", "id,count"]),
     "non-numeric count": (labels("id,count\n1,2\n2,many\n"), {}, ["row 3", "count", "'many'"]),
-    "fractional count": (labels("id,count\n1,2.5\n"), {}, ["row 2", "count", "'2.5'"]),
     "negative count": (labels("id,count\n1,2\n\n3,-4\n"), {}, ["row 4", "count", "'-4'"]),
-    "missing count": (labels("id,count\n1,2\n2,\n"), {}, ["row 3", "count"]),
-    "infinite count": (labels("id,count\n1,inf\n"), {}, ["row 2", "count", "'inf'"]),
+    "count without an id": (labels("id,count\n1,2\n,3\n"), {}, ["row 3", "id", "no whole number"]),
+    "infinite count": (labels("id,count\n1,inf\n"), {}, ["row 2", "count 'inf' is no number from 0"]),
     "absurd count": (labels("id,count\n1,1e300\n"), {}, ["row 2", "count"]),
-    "duplicate id": (labels("id,count\n1,2\n2,3\n1,4\n"), {}, ["row 4", "id", "'1'", "there twice"]),
-    "fractional id": (labels("id,count\n1.5,2\n"), {}, ["row 2", "id", "'1.5'"]),
+    "duplicate id": (labels("id,count\n1,2\n2,3\n1,4\n"), {}, ["row 4", "id '1' is there twice"]),
+    "fractional id": (labels("id,count\n1.5,2\n"), {}, ["row 2", "id '1.5' is no whole number from 0"]),
     "negative id": (labels("id,count\n-1,2\n"), {}, ["row 2", "id", "'-1'"]),
     "id a name": (labels("id,count\nseq_1,2\n"), {}, ["row 2", "id", "'seq_1'"]),
     "many bad rows": (labels("id,count\n1,a\n2,b\n3,c\n"), {}, ["row 2", "'a'"]),
@@ -96,7 +107,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "a row longer than the others": (labels("id,count\n1,5\n2,3,4\n"), {}, ["labels.csv", "line 3"]),
     "no .mat file": (None, MAT, ["mall_gt.mat", "No such file"]),
     ".mat without count": (mat(frame=np.zeros(3)), MAT, ["mall_gt.mat", "'count'"]),
-    ".mat with text for count": (mat(count="many"), MAT, ["mall_gt.mat", "count"]),
+    ".mat with text for count": (mat(count="many"), MAT, ["mall_gt.mat", "'count' is no array of numbers"]),
+    ".mat with cells for count": (mat(count=np.array([[1, 2], [3, 4, 5]], object)), MAT, ["mall_gt.mat", "'count' is no array of numbers"]),
     ".mat with a negative count": (mat(count=np.array([3, -2])), MAT, ["mall_gt.mat", "row 2"]),
     "truncated .mat": (several(mat(count=np.arange(5000)), truncate("mall_gt.mat", 0.5)), MAT, ["mall_gt.mat", "set LABELS to"]),
     "not MATLAB": (write("mall_gt.mat", b"id,count\n" * 99), MAT, ["mall_gt.mat", "set LABELS to"]),
@@ -122,11 +134,17 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "16 bits": (picture(6, Image.fromarray(np.zeros((48, 64), "uint16")), format="PNG"), {}, ["seq_000006.jpg: ", "8 bits"]),
     "not a picture": (write("frames/frames/seq_000004.jpg", b"<html>404</html>"), {}, ["1 of 20", "seq_000004.jpg: "]),
     "all frames cut off": (several(*(truncate(f"frames/frames/seq_{frame:06d}.jpg", 0.5) for frame in range(1, 21))), {}, ["20 of 20"]),
-    "ids one too low": (labels(numbered(f"{frame},3" for frame in range(20))), {}, ["frames", "1 of 20", "add [0], or correct FRAMES or LABELS"]),
+    "ids one too low": (labels(numbered(f"{frame},3" for frame in range(20))), {}, ["frames", "1 of 20", "With 1 added, all are there"]),
+    "ids one too high": (labels(numbered(f"{frame},3" for frame in range(2, 22))), {}, ["1 of 20", "With -1 added, all are there"]),
+    "FRAMES one folder too high": (None, {"FRAMES": "frames"}, ["20 of 20", "they are in", "frames/frames: set FRAMES to it"]),
+    "FRAMES one folder too low": (write("frames/frames/more/readme", b""), {"FRAMES": "frames/frames/more"}, ["20 of 20", "they are in", "frames/frames: set"]),
     "two frames with a number": (write("frames/frames/img7.png", b""), {}, ["img7.png and seq_000007.jpg", "one number"]),
-    "labels of the sample, other frames": (sample_labels, {}, ["labels.csv", "labels of the sample", "LABELS"]),
+    "labels of the sample, other pictures": (sample_labels, {}, ["labels.csv", "labels of the sample", "LABELS"]),
     "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv", "too few", "TRAIN_FRACTION"]),
     "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["too few"]),
+    "one label, none to validate": (labels(numbered(["1,2"])), {"TRAIN_FRACTION": 1}, ["too few"]),
+    "a folder named like a picture": (several(remove("frames/frames/seq_000003.jpg"), write("frames/frames/seq_000003.jpg/x", b"")), {}, ["1 of 20", "add [3]"]),
+    "a JPEG that ends in zeros": (zeros("frames/frames/seq_000003.jpg"), {}, ["seq_000003.jpg", "ends in zeros"]),
     "weight file missing": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "no such file"]),
     "weight file no HDF5": (write("resnet.h5", b"404 not found"), {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
     "unknown layer": (None, {"FEATURE_LAYERS_RANDOM": {"conv9": (1, 1)}}, ["FEATURE_LAYERS_RANDOM", "conv9"]),
@@ -135,12 +153,18 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "no precision": (None, {"PRECISION": "bf16"}, ["PRECISION = 'bf16'"]),
     "outputs is a file": (write("taken", b""), {"OUTPUTS": "taken"}, ["taken"]),
     "outputs below a file": (write("taken", b""), {"OUTPUTS": "taken/outputs"}, ["taken"]),
+    "the cache is a file": (write("taken", b""), {"CACHE": "taken"}, ["taken", "cannot be written"]),
+    "a folder in a result's place": (write("outputs/history.csv/x", b""), {}, ["outputs/history.csv", "move it away"]),
+    "a diverged network": (None, {"LEARNING_RATE": 99}, ["did not learn", "earlier results are left"]),
+    "a network that Adam killed": (None, {"LEARNING_RATE": 9.0, "OPTIMIZER": "adam"}, ["did not learn", "earlier results are left"]),
     "count without a model": (None, {"COUNT": "frames/frames", "OUTPUTS": "other"}, ["ts_crowdnet.keras", "train a model first"]),
     "count with a broken model": (None, {"COUNT": "frames/frames"}, ["ts_crowdnet.keras", "not written by this script"]),
 } | {
-    f"{name} = {value!r}": (None, {name: value}, [f"{name} = ", repr(value)])
+    f"{name} = {value!r}": (None, {name: value}, [repr(value), "make it"] if name == "CACHE" else [f"{name} = ", repr(value)])
     for name, value in [
-        ("TRAIN_FRACTION", 1), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5), ("EPOCHS", -1),
+        ("TRAIN_FRACTION", 1.01), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 1000), ("COMPONENTS", -1), ("CACHE", None),
+        ("FEATURE_LAYERS", {}), ("FEATURE_LAYERS", {"conv1_relu": 3}), ("FEATURE_LAYERS_RANDOM", {"conv1_relu": (0, 1)}),
+        ("FEATURE_LAYERS_RANDOM", {"conv1_relu": (1, 2, 3)}), ("FEATURE_LAYERS", ["conv1_relu"]), ("FEATURE_LAYERS", {"conv1_relu": (1.5, 2)}), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5), ("EPOCHS", -1),
         ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)), ("FRAME_SIZE", (300.0, 400.0)), ("FRAME_SIZE", ("300", "400")),
         ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("LSTM_DROPOUT", -1), ("LSTM_DROPOUT", 1.0), ("PROJECTION", -1), ("DENSE_UNITS", 0), ("OPTIMIZER", "sdg"), ("OPTIMIZER", {"class_name": "sgd", "config": {"momentun": 1}}),
         ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0),
@@ -176,8 +200,17 @@ def test_a_full_disk_is_one_line(constants, monkeypatch):
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(ts.np, "save", full)
-    with pytest.raises(SystemExit, match="No space left on device"):
+    with pytest.raises(SystemExit, match="feature_cache.*cannot be written.*No space left on device"):
         ts.run_as_script()
+
+
+def test_in_development_mode_the_traceback_is_shown(constants, monkeypatch):
+    """python -X dev, for whoever changes the script."""
+    constants(LABELS="none.csv")
+    monkeypatch.setattr(ts.sys, "flags", SimpleNamespace(dev_mode=True))
+    with pytest.raises(ts.InputError) as refusal:
+        ts.run_as_script()
+    assert isinstance(refusal.value.__cause__, FileNotFoundError)
 
 
 @pytest.mark.parametrize(
@@ -194,9 +227,7 @@ def test_a_full_disk_is_one_line(constants, monkeypatch):
 )
 def test_images_that_can_be_converted_are(prepare, video, constants):
     prepare(video)
-    paths = ts.find_frames(range(1, 21))
-    ts.check_frames(paths)
-    frames = ts.Frames(paths, (48, 64))[np.array([1, 2])]
+    frames = read_frames(video)[[1, 2]]
     assert frames.shape == (2, 48, 64, 3) and frames.dtype == "uint8"
 
 
@@ -205,15 +236,13 @@ def test_rotated_images_are_turned_upright(video, constants):
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate 90 degrees clockwise to see it upright"
     picture(3, upright.transpose(Image.Transpose.ROTATE_90), exif=exif, quality=95)(video)
-    shown = ts.Frames([video / "frames" / "frames" / "seq_000003.jpg"], (48, 64))[[0]][0]
+    shown = read_frames(video)[2]
     assert np.abs(shown[..., 0].astype(int) - np.asarray(upright)).max() < 8
 
 
 def test_damaged_exif_data_do_not_hurt_the_picture(video, constants):
     picture(3, Image.new("RGB", (64, 48), (90, 90, 90)), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01")(video)
-    paths = ts.find_frames(range(1, 21))
-    ts.check_frames(paths)
-    assert ts.Frames(paths, (48, 64))[[2]].mean() == pytest.approx(90, abs=2)
+    assert read_frames(video)[2].mean() == pytest.approx(90, abs=2)
 
 
 def test_fuzzed_labels_and_images_end_in_success_or_one_line(tmp_path, constants, monkeypatch):
@@ -241,14 +270,17 @@ def test_fuzzed_labels_and_images_end_in_success_or_one_line(tmp_path, constants
                     data = data[: place + 1]
         path.write_bytes(data)
         try:
-            labels = ts.read_labels(csv)
+            labels = ts.read_labels(csv).dropna()
             if not len(labels):
                 raise ts.InputError("as main() does")
-            paths = ts.find_frames(labels.index)
-            ts.check_frames(paths)
-            ts.Frames(paths, (48, 64))[np.arange(len(paths))]
+            paths = ts.list_pictures(jpg.parent)
+            ts.find_labelled(paths, labels.index)
+            digests, problem = ts.digest_pictures(paths)
+            if None in digests:
+                raise ts.InputError(problem)
+            ts.Frames(paths, digests, (48, 64))[range(len(paths))]
             outcomes.add("read")
-            assert len(labels) and (labels >= 0).all() and (labels % 1 == 0).all() and labels.index.is_unique
+            assert labels.between(0, 1e6).all() and labels.index.is_unique and labels.index.dtype == "int64"
         except ts.InputError:
             outcomes.add("refused")
         path.write_bytes(whole[path])

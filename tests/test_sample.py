@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 from PIL import Image
 
 import render_sample
@@ -41,8 +42,6 @@ def test_rendering_never_overwrites_frames_of_others(tmp_path):
     mine = tmp_path / "frames" / "frames" / "seq_000001.jpg"
     Image.new("RGB", (640, 480)).save(mine)
     before = mine.read_bytes()
-    try:
+    with pytest.raises(SystemExit, match="did not render"):
         render_sample.render(tmp_path, frames=1, seed=0)
-    except SystemExit as stop:
-        assert stop.code
-    assert mine.read_bytes() == before
+    assert mine.read_bytes() == before and [path.name for path in tmp_path.iterdir()] == ["frames"]

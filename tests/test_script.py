@@ -24,12 +24,17 @@ FIGURES = {f"{name}.{kind}" for name in ("loss", "predictions", "examples") for 
 RESULTS = FIGURES | {"ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json"}
 
 
+@pytest.mark.beside("user")
 def test_a_user_runs_the_script(beside):
     """From another folder, in a process of its own."""
     folder, done = beside()
     assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
     outputs = folder / "outputs"
-    assert {path.name for path in outputs.iterdir() if not path.name.startswith(".")} == RESULTS | {"feature_cache"}
+    assert {path.name for path in outputs.iterdir()} == RESULTS
+    assert len(list((folder / "feature_cache").rglob("*.npy"))) == 20 + 4, "a file for each picture and copy"
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("20 pictures, 20 labels: the first 16 train, the last 4 validate; 20 pictures read.")
+    assert lines[1] == "20 windows, 16 of them whole." and "CPU" in lines[2] and f"{folder / 'feature_cache'} (" in lines[3]
 
     metrics, table = results(outputs)
     labels = pd.read_csv(folder / "labels.csv")
@@ -59,6 +64,7 @@ def test_a_user_runs_the_script(beside):
     for name, value in zip(("mae", "mse", "rmse"), said.groups()):
         assert float(value) == pytest.approx(metrics[name], abs=6e-4)
     assert float(said[4]) == pytest.approx(100 * metrics["accuracy"], abs=0.06)
+    assert f"a standard error of {metrics['mae_standard_error']:.3f}" in done.stdout
     history = pd.read_csv(outputs / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and {"loss", "val_loss"} <= set(history.columns)
     for name in RESULTS:
@@ -66,7 +72,7 @@ def test_a_user_runs_the_script(beside):
             assert (outputs / name).read_bytes().startswith(b"%PDF")
         if name.endswith(".png"):
             with Image.open(outputs / name) as image:
-                assert min(image.size) > 300 and len(np.unique(np.asarray(image.convert("L")))) > 20
+                assert min(image.size) > 300
 
 
 @pytest.mark.parametrize("backend", ["jax", "torch"])
@@ -113,72 +119,112 @@ def stop(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_features_are_used_again_only_where_nothing_changed(finished, constants, monkeypatch):
-    cache = finished / "outputs" / "feature_cache"
-    computed = []
-    set_random_seed = keras.utils.set_random_seed
-    monkeypatch.setattr(keras.utils, "set_random_seed", lambda _: set_random_seed(0))  # as trained weights: SEED does not change them
-
-    def features(**changes):
-        """The name of the features that a run with these changes uses, and whether it computes any."""
-        constants(**{"SEED": 0, "AUGMENT": 0.25, "TRAIN_FRACTION": 0.8} | changes)
-        computed.clear()
-        monkeypatch.setattr(ts, "build_spatial", stop)
-        monkeypatch.setattr(ts, "read_features", lambda model, _, rows: computed.append(1) or np.zeros((len(rows), model.output_shape[1])))
-        with pytest.raises(KeyboardInterrupt):
-            ts.main()
-        (folder,) = cache.iterdir()  # one alone: those of before are gone
-        return folder.name, bool(computed)
-
-    (first,) = (path.name for path in cache.iterdir())
-    for change in ({}, {"LSTM_UNITS": 3, "EPOCHS": 1}, {"PROJECTION": 0}):
-        assert features(**change) == (first, False), "the stages that learn do not change the features"
-    names = {first}
-    for change in (
-        {"FRAME_SIZE": (50, 64)}, {"SEED": 5}, {"AUGMENT": 0}, {"TRAIN_FRACTION": 0.5}, {"PRECISION": "mixed_bfloat16"},
-        {"FEATURE_LAYERS_RANDOM": {"conv1_relu": (1, 1)}}, {"FEATURE_LAYERS_RANDOM": {"conv2_block1_out": (1, 1)}},
-    ):  # fmt: skip
-        name, new = features(**change)
-        assert new and name not in names, change
-        names.add(name)
-    assert features() == (first, True)
-    picture = finished / "frames" / "frames" / "seq_000018.jpg"
-    shutil.copy(finished / "frames" / "frames" / "seq_000002.jpg", picture)
-    name, new = features()
-    assert new and name not in names, "a frame's content"
+@pytest.fixture
+def computed(monkeypatch):
+    """How many pictures and copies pass ResNet50."""
+    rows, load = [], ts.Frames.load
+    monkeypatch.setattr(ts.Frames, "load", lambda frames, row: rows.append(row) or load(frames, row))
+    return rows
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "half computed"])
-def test_damaged_features_are_made_anew(tmp_path, damage, monkeypatch):
-    monkeypatch.setattr(ts, "FRAME_BATCH", 1)
-    computed = []
+SHARED = {  # what changes: (constants, how many pictures and copies are read for it)
+    "nothing": ({}, 0),
+    "another folder for the results": ({"OUTPUTS": "other"}, 0),
+    "stages that learn": ({"LSTM_UNITS": 3, "EPOCHS": 1, "PROJECTION": 0, "COMPONENTS": 3}, 0),
+    "fewer frames at once": ({"FRAME_BATCH": 1}, 0),
+    "fewer training labels": ({"TRAIN_FRACTION": 0.5}, 0),
+    "all labels": ({"TRAIN_FRACTION": 1}, 1),
+    "no copies": ({"AUGMENT": 0}, 0),
+    "copies of all": ({"AUGMENT": 1}, 12),
+    "size": ({"FRAME_SIZE": (50, 64)}, 24),
+    "precision": ({"PRECISION": "mixed_bfloat16"}, 24),
+    "grid": ({"FEATURE_LAYERS_RANDOM": {"conv1_relu": (1, 1)}}, 24),
+    "the seed, of random weights": ({"SEED": 5}, 24),
+}
 
-    def fill():
-        array = ts.open_cache(tmp_path, "key", [], (20, 2))
-        return ts.fill_rows(array, lambda rows: computed.extend(rows) or rows[:, None] * [1, 10])
 
-    expected = fill()
-    (path,) = tmp_path.iterdir()
-    damaged = {"cut": path.read_bytes()[:200], "empty": b"", "random": os.urandom(500)}
+@pytest.mark.parametrize("case", SHARED)
+def test_experiments_share_the_features_of_pictures(case, finished, run, computed, monkeypatch):
+    changes, expected = SHARED[case]
+    before = {path: path.read_bytes() for path in (finished / "feature_cache").rglob("*.npy")}
+    run(**changes)
+    assert len(computed) - 2 == expected, "but for 2 that calibrate random weights"
+    assert all(path.read_bytes() == content for path, content in before.items()), "nothing is deleted"
+
+
+def test_the_seed_does_not_matter_to_trained_weights(video, run, computed, constants):
+    ts.keras.applications.ResNet50(False, None, (48, 64, 3)).save_weights(video / "resnet50.weights.h5")
+    trained = {"WEIGHTS": "resnet50.weights.h5", "FEATURE_LAYERS": {"conv1_relu": (3, 4)}}
+    run(**trained)
+    computed.clear()
+    run(SEED=5, OUTPUTS="other", **trained)
+    assert not computed
+
+
+def test_features_belong_to_a_pictures_content(finished, run, computed):
+    """Not to its name or time; a picture that is new is read alone."""
+    folder = finished / "frames" / "frames"
+    for path in folder.iterdir():
+        path.rename(path.with_name(f"img{path.stem[4:]}.jpeg"))
+    _, table = run(EPOCHS=1)
+    assert len(computed) == 2
+    shutil.copy(folder / "img000002.jpeg", folder / "img000018.jpeg")
+    Image.new("RGB", (64, 48)).save(folder / "img000019.jpeg")
+    computed.clear()
+    run(EPOCHS=1)
+    assert computed[2:] == [18]
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "another shape", "not a number"])
+def test_damaged_features_are_made_anew(finished, run, damage, computed):
+    _, expected = results(finished / "outputs")
+    path = sorted((finished / "feature_cache").rglob("*.npy"))[7]
+    whole = path.read_bytes()
+    features = np.load(path)
+    damaged = {"cut": whole[:200], "empty": b"", "random": os.urandom(500)}
     if damage == "missing":
         path.unlink()
-    elif damage == "half computed":
-        np.save(path, np.where(np.arange(20)[:, None] == 9, [9, np.nan], expected).astype("float32"))
-    else:
+    elif damage in damaged:
         path.write_bytes(damaged[damage])
-    computed.clear()
-    assert (fill() == expected).all() and (np.load(path) == expected).all()
-    assert computed == list(range(8, 16) if damage == "half computed" else range(20))
+    else:
+        np.save(path, features[:5] if damage == "another shape" else features * np.nan)
+    _, table = run()
+    assert table["predicted"].equals(expected["predicted"]) and len(computed) == 3
+    np.testing.assert_allclose(np.load(path), features, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cache_needs_no_memory_maps(finished, run, computed, monkeypatch):
+    """File systems of a cloud may have none."""
+
+    def refuse(*_, **__):
+        raise OSError(19, os.strerror(19))
+
+    monkeypatch.setattr(np, "memmap", refuse)
+    shutil.rmtree(finished / "feature_cache")
+    for pictures in (24, 0):
+        computed.clear()
+        run()
+        assert len(computed) - 2 == pictures
 
 
 def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsys):
-    monkeypatch.setattr(ts, "extract_features", stop)
+    monkeypatch.setattr(ts, "build_backbone", stop)
     for source, said in ((video, False), (SCRIPT.parent, True)):
         monkeypatch.setattr(ts, "ROOT", source)
-        constants(OUTPUTS=video / "outputs")
+        constants(OUTPUTS=video / "outputs", CACHE=video / "feature_cache")
         with pytest.raises(KeyboardInterrupt):
             ts.main()
-        assert ("frames are rendered" in capsys.readouterr().out) is said
+        assert ("pictures are rendered" in capsys.readouterr().out) is said
+
+
+@pytest.mark.parametrize(("size", "said"), [((48, 64), None), ((64, 48), "(64, 85)"), ((48, 70), None), ((90, 160), "(90, 120)")])
+def test_a_size_that_distorts_is_said_with_one_that_does_not(constants, monkeypatch, capsys, size, said):
+    monkeypatch.setattr(ts, "build_backbone", stop)
+    constants(FRAME_SIZE=size)
+    with pytest.raises(KeyboardInterrupt):
+        ts.main()
+    out = capsys.readouterr().out
+    assert f"FRAME_SIZE = {said} keeps their shape" in out if said else "FRAME_SIZE" not in out
 
 
 def test_a_run_takes_paths_and_leaves_files_of_others_alone(first_run, finished, run):
@@ -204,6 +250,7 @@ def test_two_runs_into_one_folder_leave_the_files_of_one(tmp_path):
 
 def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants, monkeypatch):
     _, expected = results(finished / "outputs")
+    shutil.rmtree(finished / "feature_cache")
     load, loaded = ts.Frames.load, []
 
     def fails_late(frames, row):
@@ -212,13 +259,12 @@ def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants
             raise KeyboardInterrupt
         return load(frames, row)
 
-    constants(OUTPUTS="interrupted")
-    monkeypatch.setattr(ts.Frames, "load", fails_late)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ts.Frames, "load", fails_late)
         ts.main()
     loaded.clear()
     monkeypatch.setattr(ts.Frames, "load", lambda frames, row: loaded.append(row) or load(frames, row))
-    _, resumed = run(OUTPUTS="interrupted")
+    _, resumed = run()
     assert resumed.equals(expected)
     assert sorted(loaded[2:]) == list(range(16, 24)), "the first batches are not computed again"
 
@@ -236,14 +282,99 @@ def test_results_of_a_finished_run_stay_until_the_next_is_whole(finished, consta
     assert {name: (finished / "outputs" / name).read_bytes() for name in RESULTS} == before
 
 
-def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypatch, capsys, figures):
+@pytest.mark.parametrize("name", ["predictions.csv", "metrics.json"])
+def test_where_a_result_cannot_be_replaced_all_stay(finished, constants, monkeypatch, name):
+    """As where a spreadsheet holds predictions.csv open, on Windows."""
+    before = {name: (finished / "outputs" / name).read_bytes() for name in RESULTS}
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target) == finished / "outputs" / name and Path(source).parent.name != "old":
+            raise PermissionError(13, os.strerror(13))
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    constants(EPOCHS=1)
+    with pytest.raises(SystemExit, match=f"{name}: cannot be replaced.*close it"):
+        ts.run_as_script()
+    assert {name: (finished / "outputs" / name).read_bytes() for name in RESULTS} == before
+    assert not list((finished / "outputs").glob(".new-*"))
+
+
+def test_what_a_killed_run_was_writing_is_gone_after_the_next(finished, run):
+    for folder in ("outputs/.new-abc/old", "feature_cache/0123/.new-def"):
+        (finished / folder).mkdir(parents=True)
+        (finished / folder / "x.npy").write_bytes(b"half")
+    time.sleep(0.05)
+    run(EPOCHS=1)
+    assert not list(finished.rglob(".new-*"))
+
+
+def test_all_labels_can_train_and_nothing_passes_for_validation(finished, run, capsys, figures):
+    metrics, table = run(TRAIN_FRACTION=1)
+    assert (table["split"] == "train").all() and len(table) == 20
+    assert metrics["train_frames"] == 20 and metrics["validation_frames"] == 0
+    assert not {"mae", "mse", "baseline"} & set(metrics)
+    said = capsys.readouterr().out
+    assert "the first 20 train, none is left to validate" in said and "nothing is known of the error" in said and "MAE" not in said
+    names = {path.name for path in (finished / "outputs").iterdir()}
+    assert names == RESULTS - {f"{name}.{kind}" for name in ("predictions", "examples") for kind in ("png", "pdf")}
+    assert "val_mse" not in pd.read_csv(finished / "outputs" / "history.csv")
+
+
+def test_only_what_labelled_windows_show_is_read(video, run, computed, capsys):
+    """Labels 10, 11 and 20; of the last two pictures one is unreadable, and no matter."""
+    labels = pd.read_csv(video / "labels.csv")
+    labels[labels["id"].isin([10, 11, 20])].to_csv(video / "labels.csv", index=False)
+    (video / "frames" / "frames" / "seq_000001.jpg").write_bytes(b"unreadable, not asked for")
+    (video / "frames" / "frames" / "seq_000018.jpg").unlink()
+    _, table = run(AUGMENT=0, TRAIN_FRACTION=0.7)
+    assert sorted(set(computed)) == list(range(8)), "6 to 11, 19 and 20"
+    said = capsys.readouterr().out
+    assert "19 pictures, 3 labels: the first 2 train, the last 1 validate; 8 pictures read. 16 pictures have no label" in said
+    assert "3 windows, 2 of them whole" in said and table["split"].tolist() == ["train", "train", "validation"]
+
+
+def draw(n, epochs=2):
+    """The figures of a run with n validation frames."""
+    frames = [np.full((4, 4, 3), shade, "uint8") for shade in range(n)]
+    history = pd.DataFrame({"mse": 4.0, "val_mse": 5.0}, index=range(1, epochs + 1))
+    table = pd.DataFrame({"id": range(n), "split": "validation", "true": 5.0, "predicted": 5.0 + np.arange(n)})
+    return ts.draw_figures(history, table, {"rmse": 3.0}, frames, "title")
+
+
+def test_figures_show_what_they_should():
+    figures = draw(11)
+    (loss,) = figures["loss"].axes
+    assert [line.get_ydata()[0] for line in loss.lines] == [2, 5**0.5, 3]
+    left, right = figures["predictions"].axes
+    assert left.collections[-1].get_offsets()[:, 1].tolist() == list(range(5, 16))
+    shown = [axis.images[0].get_array()[0, 0, 0] for axis in figures["examples"].axes]
+    assert shown == [0, 2, 4, 6, 8, 10], "from the smallest to the largest error"
+
+
+def test_one_epoch_has_a_mark_and_one_picture_is_shown_once():
+    figures = draw(1, epochs=1)
+    assert all(line.get_marker() == "o" for line in figures["loss"].axes[0].lines[:2])
+    assert len(figures["examples"].axes) == 1
+
+
+@pytest.mark.parametrize(("error", "is_ours"), [(RuntimeError("no display"), False), (KeyError("typo"), True)])
+def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypatch, capsys, figures, error, is_ours):
+    """What figures cannot do here is a line; what is a fault of the script is a traceback, after the results."""
+
     def fail(*_, **__):
-        raise RuntimeError("no display")
+        raise error
 
     monkeypatch.setattr(ts.plt, "subplots", fail)
     (finished / "outputs" / "metrics.json").unlink()
-    metrics, _ = run()
-    assert metrics["mae"] > 0 and capsys.readouterr().err.count("no figures (no display)") == 1
+    if is_ours:
+        with pytest.raises(KeyError):
+            run()
+        assert results(finished / "outputs")[0]["mae"] > 0
+    else:
+        metrics, _ = run()
+        assert metrics["mae"] > 0 and capsys.readouterr().err.count("no figures (no display)") == 1
 
 
 @pytest.mark.parametrize(("backend", "shown"), [("template", 1), ("agg", 0)], ids=["screen", "no screen"])
@@ -269,6 +400,7 @@ def test_settings_reach_the_report_as_they_were_written(finished, run):
     assert metrics["constants"]["OPTIMIZER"] == {"class_name": "sgd", "config": {"momentum": 0.5}}
 
 
+@pytest.mark.beside("bad")
 def test_one_line_and_exit_status_1(beside):
     folder, done = beside()
     assert done.returncode == 1 and done.stdout == ""
@@ -281,7 +413,7 @@ def test_one_line_and_exit_status_1(beside):
     [
         ("import os; os.abort()", -signal.SIGABRT, "Fatal Python error: Aborted"),
         ("import os; os.write(2, b'start' b'-up'); raise ModuleNotFoundError('No module named tensorflow')", 1,
-         "ModuleNotFoundError: No module named tensorflow\n"),
+         "Error: No module named tensorflow; pip install -r requirements.txt, with Python 3.10 to 3.13\n"),
         ("raise RuntimeError('glibc too old')", 1, "RuntimeError: glibc too old"),
     ],
     ids=["abort", "not installed", "exception"],
@@ -292,6 +424,7 @@ def test_a_library_that_cannot_be_imported_is_never_silent(tmp_path, source, sta
     assert done.returncode == status and said in done.stderr and "start-up" not in done.stderr
 
 
+@pytest.mark.beside("alone")
 def test_importing_does_nothing(beside):
     folder, done = beside()
     assert done.stdout.split() == ["50", "True"], "Ctrl-C and stderr are whose they were"
@@ -300,6 +433,7 @@ def test_importing_does_nothing(beside):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.beside("killed")
 def test_killed_at_random_moments_a_run_ends_with_the_same_digits(first_run, beside):
     folder, done = beside()
     assert done.stdout == "finished\n", done.stderr
@@ -307,3 +441,27 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_digits(first_run, bes
     for name in ("predictions.csv", "history.csv"):
         undisturbed, disturbed = (pd.read_csv(video / "outputs" / name) for video in (first_run, folder))
         assert undisturbed.equals(disturbed), name
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "module://not_installed"])
+def test_a_notebooks_back_end_does_not_stop_a_script(tmp_path, backend):
+    """!python tscrowdnet_train.py, in an environment of its own."""
+    done = start([edited_copy(tmp_path, LABELS="none.csv")], tmp_path, MPLBACKEND=backend)
+    assert done.returncode == 1 and done.stderr.startswith("Error: ") and "none.csv" in done.stderr
+
+
+def test_a_notebook_keeps_its_own_ctrl_c(tmp_path):
+    """%run gives a file the name __main__, in a process that has IPython."""
+    (tmp_path / "keras.py").write_text("import signal; print(repr(signal.getsignal(2))); raise SystemExit")
+    code = f"import sys, runpy; sys.modules['IPython'] = sys; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    for arguments, expected in ((["-c", code], "default_int_handler"), ([SCRIPT], "SIG_DFL")):
+        done = start(arguments, tmp_path, PYTHONPATH=str(tmp_path))
+        assert expected in done.stdout, done.stderr
+
+
+def test_channels_come_last_whatever_keras_is_set_to(run):
+    keras.config.set_image_data_format("channels_first")
+    try:
+        assert run(EPOCHS=1)[0]["mae"] > 0
+    finally:
+        keras.config.set_image_data_format("channels_last")

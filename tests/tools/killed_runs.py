@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import TINY, check_whole, shrink, ts
 
 for name, value in TINY.items():

@@ -1,6 +1,6 @@
 """Render a synthetic sample of a fixed-camera mall video in the format of the Mall dataset.
 
-    python tests/render_sample.py [--seed 0] [--frames 200] [--out FOLDER]
+    python tests/tools/render_sample.py [--seed 0] [--frames 200] [--out FOLDER]
 
 writes FOLDER/labels.csv (columns id,count, ids from 1) and FOLDER/frames/frames/seq_000001.jpg ...
 (640x480 RGB).  A count is the number of people whose head is inside the picture and of whose body at
@@ -574,7 +574,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frames", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1])
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2])
     args = parser.parse_args()
     counts = render(args.out, args.frames, args.seed)["count"]
     print(f"{len(counts)} frames in {args.out}, {counts.min()} to {counts.max()} people")
