@@ -16,7 +16,7 @@ copy. H x W = FRAME_SIZE; F features of a picture; K = COMPONENTS numbers in a f
     windows of frames (N, T, H, W, 3) uint8
     1. spatial     TimeDistributed(ResNet50 -> F features -> PCA)  -> feature vectors (N, T, K)
     2. temporal    the same Dense for each vector, an LSTM         -> memory (N, LSTM_UNITS)
-    3. regression  Dense(gelu), Dense(1)                           -> people in the last frame (N, 1)
+    3. regression  Dense(gelu), Dense(1)                          -> people in the last picture (N, 1)
 
 Stage 1 is frozen, so it reads each of the P + C pictures once; a Sequence feeds windows of
 their feature vectors to stages 2 and 3, which train. With CACHE_FEATURES = False it feeds the
@@ -209,7 +209,8 @@ def write_files(folder, writers):
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, old / name)
         except OSError as error:  # a full disk, say
-            raise InputError(f"{folder / name}: cannot be written ({error.strerror or error})") from error
+            problem = f"cannot be written ({error.strerror or error})"
+            raise InputError(f"{folder / name}: {problem}; make room for it") from error
         moved = []
         try:
             for name in writers:
@@ -237,11 +238,12 @@ def prepare_folder(folder, names=()):
     return folder
 
 
-def sweep(folder, started):
-    """Takes away what a killed run was writing when this one started, at that time.time()."""
-    for new in folder.rglob(".new-*"):
-        if new.stat().st_mtime < started:
-            shutil.rmtree(new, ignore_errors=True)
+def sweep(started):
+    """Takes away what a killed run left half written before this one started (time.time())."""
+    for folder in (at(OUTPUTS), at(CACHE)):
+        for new in folder.rglob(".new-*"):
+            if new.exists() and new.stat().st_mtime < started:
+                shutil.rmtree(new, ignore_errors=True)
 
 
 # == Data: labels, pictures, windows ========
@@ -257,7 +259,8 @@ def read_labels(path):
             table.index += 1
         else:
             is_utf16 = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
-            options = {"encoding": "utf-16" if is_utf16 else "utf-8-sig", "encoding_errors": "replace"}
+            encoding = "utf-16" if is_utf16 else "utf-8-sig"
+            options = {"encoding": encoding, "encoding_errors": "replace"}
             options |= {"sep": None, "engine": "python"}  # whatever separates
             table = pd.read_csv(path, dtype=str, header=None, skip_blank_lines=False, **options)
             table.columns = table.iloc[0].str.strip().str.lower()
@@ -272,7 +275,7 @@ def read_labels(path):
     def refuse(is_bad, column, problem):
         if is_bad.any():
             row = is_bad.idxmax()
-            value = table.loc[row, column]
+            value = table[column].fillna("")[row]
             raise InputError(f"{path}, row {row}: {column} {value!r} {problem}; correct it")
 
     ids = pd.to_numeric(table["id"], errors="coerce")
@@ -342,18 +345,18 @@ def find_labelled(paths, ids):
 
 
 def find_remedy(ids, rows):
-    """What to do where pictures are missing: ids that are shifted, or another folder. Or None."""
-    numbers = [number for number in rows if number is not None]
-    if numbers:
-        shift = min(numbers) - int(ids.min())
-        if len(ids) > 1 and shift and all(frame + shift in rows for frame in ids.tolist()):
-            return f"do the ids start at another number? With {shift} added, all are there"
-        return None
+    """What to do where pictures are missing: they are in another folder, or the ids are
+    shifted. Or None. rows: those of the pictures that FRAMES has, by number."""
+    ids = set(ids.tolist())
+    numbers = {number for number in rows if number is not None}
     folder = at(FRAMES)
-    wanted = set(ids.tolist())
-    for other in [folder.parent, *sorted(path for path in folder.glob("*") if path.is_dir())]:
-        if wanted <= {read_numbers(path)[0] for path in list_pictures(other)}:
+    below = sorted(path for path in folder.glob("*") if path.is_dir())
+    for other in [folder.parent, *below] if not ids & numbers else []:
+        if ids <= {read_numbers(path)[0] for path in list_pictures(other)}:
             return f"they are in {other}: set FRAMES to it"
+    shift = min(numbers, default=0) - min(ids)
+    if shift and len(ids) > 1 and {number + shift for number in ids} <= numbers:
+        return f"do the ids start at another number? With {shift} added, all are there"
     return None
 
 
@@ -383,7 +386,8 @@ def read_image(source):
         else:
             data = source.read_bytes()
             image = Image.open(io.BytesIO(data))
-            if image.format == "JPEG" and data.endswith(bytes(64)):
+            end = data.rstrip(b"\0")
+            if image.format == "JPEG" and end != data and not end.endswith(b"\xff\xd9"):
                 raise ValueError("ends in zeros: it was not written to its end")
         if image.mode[0] in "IF":
             raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
@@ -624,8 +628,8 @@ def build_backbone(frames):
 
 def open_cache(backbone, folder):
     """The folder below folder for the features that this very network computes."""
-    key = hashlib.md5(repr((1, keras.__version__, keras.backend.backend(), Image.__version__)).encode())
-    key.update(backbone.to_json().encode())
+    versions = (1, keras.__version__, keras.backend.backend(), Image.__version__)  # 1: jitter's
+    key = hashlib.md5(f"{versions} {backbone.to_json()}".encode())
     for weights in backbone.get_weights():
         key.update(weights.tobytes())
     size = sum(path.stat().st_size for path in folder.rglob("*.npy"))
@@ -680,11 +684,13 @@ def build_reduction(features):
     longest = max(float(lengths.max()), 1.0)
     scale = longest / max(float(np.sqrt(np.mean(lengths**2))), 1.0)
     variance = np.square(deviation * longest)
-    reduction = keras.Sequential([keras.Input((features.shape[1],), name="features")], name="reduction")
+    reduction = keras.Sequential(name="reduction")
+    reduction.add(keras.Input((features.shape[1],), name="features"))
     reduction.add(layers.Normalization(mean=scaler.mean_, variance=variance, name="standardised"))
     if COMPONENTS:
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
-        pca = decomposition.PCA(n_components, random_state=SEED).fit(standardised)
+        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED)  # 1: no worse
+        pca.fit(standardised)
         reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
         reduction.layers[-1].set_weights([pca.components_.T * scale])
     else:
@@ -702,7 +708,8 @@ def build_spatial(backbone, reduction):
 # == Stages 2 and 3: temporal, regression ========
 def build_temporal(length):
     """Stage 2: feature vectors (T, K), K = length -> what the LSTM makes of them (LSTM_UNITS,)."""
-    temporal = keras.Sequential([keras.Input((SEQUENCE_LENGTH, length), name="vectors")], name="temporal")
+    temporal = keras.Sequential(name="temporal")
+    temporal.add(keras.Input((SEQUENCE_LENGTH, length), name="vectors"))
     if PROJECTION:
         start = keras.initializers.RandomNormal(stddev=0.01)  # for vectors of any length
         temporal.add(layers.Dense(PROJECTION, kernel_initializer=start, name="projection"))
@@ -783,10 +790,12 @@ def describe(name, metrics):
 def draw_loss(history, baseline):
     """The error by epoch; baseline: the metrics of the mean count."""
     figure, axes = plt.subplots(figsize=(6, 4))
-    marker = "o" if len(history) == 1 else None
-    axes.plot(history.index - 0.5, history["mse"] ** 0.5, marker=marker, label="training: mean over the epoch")
+    style = {"marker": "o" if len(history) == 1 else None}
+    training = history["mse"] ** 0.5
+    axes.plot(history.index - 0.5, training, label="training: mean over the epoch", **style)
     if baseline:
-        axes.plot(history.index, history["val_mse"] ** 0.5, "--", marker=marker, label="validation: after the epoch")
+        validation, style["ls"] = history["val_mse"] ** 0.5, "--"
+        axes.plot(history.index, validation, label="validation: after the epoch", **style)
         axes.axhline(baseline["rmse"], color="0.5", ls=":", label="validation: the mean count")
     axes.set(ylim=0, xlabel="Epoch", ylabel="Root of the mean squared error (people)")
     axes.legend()
@@ -805,7 +814,8 @@ def draw_predictions(validation, title):
     left.set(xlim=ends, ylim=ends, xlabel="True count", ylabel="Predicted count", aspect="equal")
     left.legend()
     marker = "o" if len(counts) < 50 else None
-    sns.lineplot(counts, linewidth=1, marker=marker, ax=right).set(xlabel="Picture", ylabel="People")
+    sns.lineplot(counts, linewidth=1, marker=marker, ax=right)
+    right.set(xlabel="Picture", ylabel="People")
     figure.suptitle(title)
     return figure
 
@@ -852,10 +862,11 @@ def save_figures(folder, draw):
     """Saves what draw() returns, {name: figure}, and shows it where there is a screen. What
     figures cannot do here costs only themselves."""
     try:
-        settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True}
+        settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.compression": 1}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
         for name, figure in draw().items():
-            write_files(folder, {f"{name}.png": figure.savefig, f"{name}.pdf": figure.savefig})
+            save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
+            write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
         if plt.get_backend().lower() != "agg":
             plt.show()
         plt.close("all")
@@ -890,8 +901,8 @@ def save_results(outputs, model, history, table, run):
         for kind in ("png", "pdf"):
             Path(outputs, f"{figure}.{kind}").unlink(missing_ok=True)
     print(f"\n{summary}")
-    if "mae_standard_error" in report:
-        print(f"With {len(validation)} frames, that MAE has a standard error of {report['mae_standard_error']:.3f}.")
+    if error := report.get("mae_standard_error"):
+        print(f"With {len(validation)} frames, that MAE has a standard error of {error:.3f}.")
     print(f"ResNet50 weights: {run['weights']}. Results: {outputs}")
     return summary, baseline
 
@@ -920,14 +931,15 @@ def load_stages(model):
 
 def list_sources(frames):
     """What count_people counts, as a list of paths and arrays. Raises InputError."""
+    problem = "no frames to count"
     if isinstance(frames, (str, Path)):
         path = Path(frames).expanduser()
         is_picture = path.is_file() and path.suffix.lower() in PICTURES
         sources = [path] if is_picture else list_pictures(path)
-        problem = "no frames to count" if path.exists() else "no such folder or picture"
+        if not path.exists():
+            problem = "no such folder or picture"
     else:
-        sources = [Path(source).expanduser() if isinstance(source, (str, Path)) else source for source in frames]
-        problem = "no frames to count"
+        sources = [Path(one).expanduser() if isinstance(one, (str, Path)) else one for one in frames]
     if not sources:
         remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 FOLDER/%06d.jpg"
         raise InputError(f"{shorten(str(frames), 99)}: {problem}; {remedy}")
@@ -959,8 +971,8 @@ def count_people(model, frames, cache=None):
     lengths, vectors = [], []
     for features in extract_features(backbone, images, cache):
         standardised = standardise(features)
-        lengths.append(np.linalg.norm(standardised, axis=1))
-        vectors.append(np.asarray(project(standardised)))
+        lengths.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
+        vectors.append(ops.convert_to_numpy(project(standardised)))
     vectors = np.concatenate(vectors)
     windows = make_windows(find_times(shown), temporal.input_shape[1])
     if isinstance(frames, (str, Path)):
@@ -978,13 +990,14 @@ def count_people(model, frames, cache=None):
 
 def count_folder():
     """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
-    outputs = at(OUTPUTS)
+    started, outputs = time.time(), at(OUTPUTS)
     model = outputs / RESULTS[0]
     table = count_people(model, at(COUNT), at(CACHE) if CACHE_FEATURES else None)
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
     print(f"{table['count'].mean():.1f} people on average; {table['unfamiliar'].sum()} of",
           f"{len(table)} frames look like no training frame: doubt those.")
     save_figures(outputs, lambda: {"counts": draw_counts(table)})
+    sweep(started)
 
 
 # == Main ========
@@ -1007,7 +1020,8 @@ def load_data():
 
     rest = f"the last {n - n_train} validate" if n > n_train else "none is left to validate"
     print(f"{len(found)} pictures, {n} labels: the first {n_train} train, {rest};",
-          f"{len(used)} pictures read. {len(found) - n} pictures have no label, {n_empty} rows no count.")
+          f"{len(used)} pictures read.",
+          f"{len(found) - n} pictures have no label, {n_empty} rows no count.")
     print(describe_windows(windows))
     labels = labels.iloc[order]
     counts = labels.astype(int) if (labels % 1 == 0).all() else labels
@@ -1026,12 +1040,11 @@ def check_pictures(paths, table, cache):
         print("The pictures are rendered; the README tells how to use real ones.")
     elif hashlib.md5(table["true"].to_numpy(float).tobytes()).hexdigest() == SAMPLE_COUNTS:
         raise InputError(f"{at(LABELS)}: labels of the sample, not of these pictures; set LABELS")
-    image = read_image(paths[0])
-    height, width = FRAME_SIZE
+    (height, width), image = FRAME_SIZE, read_image(paths[0])
     shape = image.width / image.height
     if not 0.9 < shape * height / width < 1.1:
         fitting = (height, round(height * shape))
-        print(f"Pictures of {image.width}x{image.height} are distorted; FRAME_SIZE = {fitting} keeps their shape.")
+        print(f"{image.width}x{image.height} is distorted; FRAME_SIZE = {fitting} keeps their shape.")
     return digests
 
 
@@ -1050,6 +1063,8 @@ def main():
     cache = at(CACHE) if CACHE_FEATURES else None
     digests = check_pictures(paths, table, cache)
     outputs = prepare_folder(at(OUTPUTS), RESULTS)
+    if cache:
+        prepare_folder(cache)
     frames = Frames(paths, digests, FRAME_SIZE, np.unique(windows[:n_train]))
 
     # Stage 1, spatial: frozen ResNet50, PCA of the training pictures.
@@ -1060,23 +1075,24 @@ def main():
 
     # Stages 2 and 3, temporal and regression, train.
     keras.utils.set_random_seed(SEED)
-    vectors = reduction.predict(features, verbose=0)  # (P + C, K)
+    vectors = reduction.predict(features, batch_size=256, verbose=0)  # (P + C, K)
     temporal = build_temporal(vectors.shape[1])
     regression = build_regression(counts[:n_train])
-    stages, images = [temporal, regression], vectors
-    if not CACHE_FEATURES:
-        stages, images = [spatial, temporal, regression], frames
-    model = keras.Sequential(stages)
     batch_size = min(BATCH_SIZE, math.ceil(n_train / 4))  # small sets need the steps
-    training = WindowSequence(
-        images, windows[:n_train], counts[:n_train], batch_size, shuffle=True, copy_of=frames.copy_of)
+    stages, images, at_once = [temporal, regression], vectors, 512
+    if not CACHE_FEATURES:
+        stages, images, at_once = [spatial, temporal, regression], frames, batch_size
+    model = keras.Sequential(stages)
+    training = WindowSequence(images, windows[:n_train], counts[:n_train], batch_size,
+                              shuffle=True, copy_of=frames.copy_of)
     validation = None
     if n_train < len(table):
-        validation = WindowSequence(images, windows[n_train:], counts[n_train:], batch_size)
+        validation = WindowSequence(images, windows[n_train:], counts[n_train:], at_once)
     history = train(model, training, validation)
 
     # The whole network, and the count of every label's picture.
-    predicted = model.predict(WindowSequence(images, windows, counts, batch_size), verbose=0)[:, 0]
+    everything = WindowSequence(images, windows, counts, at_once)
+    predicted = model.predict(everything, verbose=0)[:, 0]
     check_trained(predicted[:n_train], counts[:n_train])
     table["predicted"] = np.maximum(predicted, 0)
     network = build_network(spatial, temporal, regression)
@@ -1085,8 +1101,7 @@ def main():
     summary, baseline = save_results(outputs, network, history, table, run)
     shown = [paths[row] for row in windows[n_train:, -1]]
     save_figures(outputs, lambda: draw_figures(history, table, baseline, shown, summary))
-    for folder in (outputs, at(CACHE)):
-        sweep(folder, started)
+    sweep(started)
 
 
 def run_as_script():

@@ -110,7 +110,7 @@ def predict(features, counts, times, train, tests):
     frames = ts.Frames([None] * n, [""] * n, ts.FRAME_SIZE, np.unique(windows[train]))
     copied = np.flatnonzero(frames.copy_of != np.arange(n))
     features = features[np.r_[:n, n + copied]]
-    reduction = ts.build_reduction(features[frames.trained])
+    reduction = ts.build_reduction(features[frames.trained_on])
     keras.utils.set_random_seed(ts.SEED)
     vectors = reduction.predict(features, verbose=0)
     model = keras.Sequential([ts.build_temporal(vectors.shape[1]), ts.build_regression(counts[train])])
