@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
+from conftest import make_video
 
 
 def test_counting_new_footage_matches_the_predictions(finished, constants, capsys, figures):
@@ -340,3 +343,24 @@ def test_training_and_counting_see_the_same_windows(case, video, run, capsys):
     assert np.abs(counts.to_numpy() - table["predicted"]).max() < 2e-3
     if case != "a stray picture without a number":
         assert f"{len(labels)} windows, {whole} of them whole" in said
+
+
+def test_the_readme_leads_from_a_video_to_counts(tmp_path, constants, monkeypatch, capsys):
+    """Its commands as written, after ffmpeg's: a sheet, filled in for every 20th of 100 pictures; training; counting the rest."""
+    readme = (Path(ts.__file__).parent / "README.md").read_text()
+    ffmpeg, sheet, train, count = readme.split("<!-- recipe -->")[1].strip().split("\n\n")[0].splitlines()
+    assert "ffmpeg" in ffmpeg and train.split() == ["python", "tscrowdnet_train.py"]
+    video = make_video(tmp_path / "clip", frames=100)
+    counts = pd.read_csv(video / "labels.csv", index_col="id")["count"]
+    subprocess.run(sheet.strip().replace("python", sys.executable, 1), shell=True, check=True, cwd=video)
+    rows = pd.read_csv(video / "labels.csv", index_col="id")
+    assert rows.index.tolist() == list(range(20, 2001, 20)) and rows["count"].isna().all()
+    rows["count"].fillna(counts).to_csv(video / "labels.csv")
+    monkeypatch.setattr(ts, "ROOT", video)
+    ts.main()
+    said = capsys.readouterr().out
+    assert "100 pictures, 5 labels: the first 4 train, the last 1 validate; 25 pictures read." in said
+    assert "95 pictures have no label, 95 rows no count" in said
+    exec(count.split('"')[1])
+    counts = pd.read_csv(video / "outputs" / "counts.csv")["count"]
+    assert len(counts) == 100 and counts.ge(0).all()

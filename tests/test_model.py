@@ -198,7 +198,7 @@ def test_no_seed_ends_at_the_mean_count(constants, monkeypatch):
     vectors = ts.build_reduction(features[:27]).predict(features, verbose=0)
     windows, rows, errors = ts.make_windows(range(127), 5), np.arange(127), []
     for seed in range(5):
-        constants(EPOCHS=50, SEED=seed)
+        constants(EPOCHS=12, LEARNING_RATE=0.2, SEED=seed)
         keras.utils.set_random_seed(seed)
         head = keras.Sequential([ts.build_temporal(vectors.shape[1]), ts.build_regression(counts[:27])])
         ts.train(head, ts.WindowSequence(vectors, windows[:27], counts[:27], 7, shuffle=True, copy_of=rows))
@@ -225,7 +225,7 @@ def test_the_saved_model_predicts_on_frames_what_was_predicted_from_features(fir
 @pytest.mark.parametrize("optimizer", ["default", "adam"])
 def test_training_on_windows_of_frames_gives_the_same_predictions(run, monkeypatch, optimizer):
     """CACHE_FEATURES = False: frames and copies pass TimeDistributed ResNet50 at every step."""
-    changes = {"AUGMENT": 0.5} | ({} if optimizer == "default" else {"OPTIMIZER": "adam", "LEARNING_RATE": 1e-3})
+    changes = {"AUGMENT": 0.5, "EPOCHS": 1} | ({} if optimizer == "default" else {"OPTIMIZER": "adam", "LEARNING_RATE": 1e-3})
     _, expected = run(**changes)
     shapes, fit = [], keras.Model.fit
 
@@ -293,7 +293,7 @@ def test_jittered_copies_train_the_model(run, constants, monkeypatch):
         ts.jitter(Image.open(path), rng).save(jittered / path.name, quality=95)
     errors = []
     for share in (0, 1):
-        _, table = run(AUGMENT=share, EPOCHS=30)
+        _, table = run(AUGMENT=share, EPOCHS=15)
         counts = ts.count_people(ts.ROOT / "outputs" / "ts_crowdnet.keras", jittered)["count"]
         errors.append(np.abs(counts.to_numpy() - table["true"]).mean())
     assert errors[1] < 0.8 * errors[0], errors
@@ -302,7 +302,7 @@ def test_jittered_copies_train_the_model(run, constants, monkeypatch):
 def test_the_published_recipe_gives_the_published_network(run, whole_resnet50):
     """The README's edits, read from the README; here of small frames and one epoch."""
     readme = (Path(ts.__file__).parent / "README.md").read_text()
-    block = readme.split("<!-- recipe -->")[1].split("```")[1].removeprefix("python\n")
+    block = readme.split("<!-- published -->")[1].split("```")[1].removeprefix("python\n")
     recipe = {}
     exec(block, {}, recipe)
     assert recipe.pop("FRAME_SIZE") == (224, 224) and recipe["COMPONENTS"] == 0
