@@ -9,14 +9,15 @@ Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in
          outputs/metrics.json, predictions.csv, history.csv; figures as .png and .pdf
          feature_cache/                    what ResNet50 made of each picture
 
-A label makes a window: the T = SEQUENCE_LENGTH pictures that end at the labelled one. Of the
-windows, N in all, the first n_train train. They show P pictures, of which C have a jittered
-copy. H x W = FRAME_SIZE; F features of a picture; K = COMPONENTS numbers in a feature vector:
+A label makes a window: the T = SEQUENCE_LENGTH pictures that end at the labelled one. The N
+windows show P pictures; the first n_train windows train, and C of their pictures have a
+jittered copy. H x W = FRAME_SIZE, F features of a picture, K <= COMPONENTS numbers in its
+feature vector:
 
     windows of frames (N, T, H, W, 3) uint8
-    1. spatial     TimeDistributed(ResNet50 -> F features -> PCA)  -> feature vectors (N, T, K)
-    2. temporal    the same Dense for each vector, an LSTM         -> memory (N, LSTM_UNITS)
-    3. regression  Dense(gelu), Dense(1)                          -> people in the last picture (N, 1)
+    1. spatial     TimeDistributed(ResNet50 -> F features -> PCA) -> feature vectors (N, T, K)
+    2. temporal    the same Dense for each vector, an LSTM        -> memory (N, LSTM_UNITS)
+    3. regression  Dense(gelu), Dense(1)                          -> people in each last picture
 
 Stage 1 is frozen, so it reads each of the P + C pictures once; a Sequence feeds windows of
 their feature vectors to stages 2 and 3, which train. With CACHE_FEATURES = False it feeds the
@@ -48,8 +49,8 @@ if __name__ == "__main__":
     if os.environ.get("MPLBACKEND", "").startswith("module:"):  # inherited from a notebook
         del os.environ["MPLBACKEND"]
     stderr = os.dup(2)
-    faulthandler.enable(stderr)  # crashes are told
-    if not shutil.which("nvidia-smi"):  # TensorFlow's greeting only where it may be about a GPU
+    faulthandler.enable(stderr)  # a crash while stderr is closed still says where
+    if not shutil.which("nvidia-smi"):  # TensorFlow greets only where it may be about a GPU
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 try:
@@ -120,8 +121,10 @@ UNFAMILIAR = 1.05  # mark pictures whose features lie this x farther out than an
 
 IMAGENET_FILE = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
+NEW = ".new-ts_crowdnet-"  # how folders begin of what is not whole yet
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-RESULTS = ("ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json")
+MODEL = "ts_crowdnet.keras"
+RESULTS = (MODEL, "history.csv", "predictions.csv", "metrics.json")
 SAMPLE_COUNTS = "0e5fe536512e4161155f1f2fd24f9369"  # MD5 of the shipped counts, as float64
 
 
@@ -161,6 +164,8 @@ def check_constants():
             raise InputError(f"{name} = {grids!r}: make it {{layer: (rows, columns)}}, ints from 1")
     if choose_precision() not in ("float32", "mixed_bfloat16"):
         raise InputError(f"{PRECISION = }: make it auto, float32 or mixed_bfloat16")
+    for path in (LABELS, FRAMES, OUTPUTS, CACHE):
+        at(path)
     try:
         keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
     except Exception as error:  # of many kinds
@@ -200,7 +205,7 @@ def choose_precision():
 def write_files(folder, writers):
     """Writes files {name: write(path)} elsewhere, then moves them into folder: all of them,
     or none. Raises InputError where one cannot be replaced."""
-    with tempfile.TemporaryDirectory(prefix=".new-", dir=folder) as new:
+    with tempfile.TemporaryDirectory(prefix=NEW, dir=folder) as new:
         new, old = Path(new), Path(new, "old")
         old.mkdir()
         try:
@@ -229,7 +234,7 @@ def prepare_folder(folder, names=()):
     """Makes folder and raises InputError where these files could not be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=".new-", dir=folder).cleanup()
+        tempfile.TemporaryDirectory(prefix=NEW, dir=folder).cleanup()
     except OSError as error:
         raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
     for name in names:
@@ -240,8 +245,8 @@ def prepare_folder(folder, names=()):
 
 def sweep(started):
     """Takes away what a killed run left half written before this one started (time.time())."""
-    for folder in (at(OUTPUTS), at(CACHE)):
-        for new in folder.rglob(".new-*"):
+    for folder in (at(OUTPUTS), at(CACHE), *at(CACHE).glob("*")):
+        for new in folder.glob(f"{NEW}*"):
             if new.exists() and new.stat().st_mtime < started:
                 shutil.rmtree(new, ignore_errors=True)
 
@@ -298,25 +303,29 @@ def list_pictures(folder):
 
 
 def read_numbers(source):
-    """(number, seconds) of a picture: the last number in its name, and the date and clock that
-    the name ends with, as in 20240101_100059.jpg; each None where there is none."""
+    """(number, stamp, seconds) of a picture: the last number in its name; of a date and clock
+    that end the name, as in 20240101_100059.jpg, all digits as one number, and the time. Each
+    None where there is none."""
     name = getattr(source, "stem", "")
     number = re.search(r"(\d+)\D*$", name)
-    clock = re.search(r"(?<!\d)(\d{4})\D?(\d\d)\D?(\d\d)\D?(\d\d)\D?(\d\d)\D?(\d\d)\D*$", name)
-    seconds = None
+    clock = re.search(r"(?<!\d)(\d{4})" + r"\D?(\d\d)" * 5 + r"(?:\D?(\d{3}))?\D*$", name)
+    stamp = seconds = None
     if clock:
+        *date, milliseconds = clock.groups("")
         try:
-            seconds = int(datetime(*map(int, clock.groups()), tzinfo=timezone.utc).timestamp())
-        except ValueError:  # no date: 14 other digits
+            moment = datetime(*map(int, date), tzinfo=timezone.utc)
+            stamp, seconds = int("".join(clock.groups(""))), moment.timestamp()
+            seconds += int(milliseconds or 0) / 1000
+        except ValueError:  # digits that are no date
             pass
-    return int(number[1]) if number else None, seconds
+    return int(number[1]) if number else None, stamp, seconds
 
 
 def find_times(sources):
-    """When each picture was taken, as ints in the unit of its name: seconds where all names
+    """When each picture was taken, as numbers in the unit of its name: seconds where all names
     end with a date and clock, else their last numbers. Where a name has none, or two have the
     same, the order given: 0, 1, 2, ..."""
-    numbers, seconds = zip(*map(read_numbers, sources))
+    numbers, _, seconds = zip(*map(read_numbers, sources))
     for times in (seconds, numbers):
         if None not in times and len(set(times)) == len(times):
             return list(times)
@@ -328,9 +337,8 @@ def find_labelled(paths, ids):
     of a date and clock. Raises InputError."""
     rows = {}
     for row, path in enumerate(paths):
-        number, seconds = read_numbers(path)
-        names = {number, number if seconds is None else int(re.sub(r"\D", "", path.stem)[-14:])}
-        for name in names:
+        number, stamp, _ = read_numbers(path)
+        for name in {number, stamp} - {None}:
             rows.setdefault(name, []).append(row)
     missing = [frame for frame in ids.tolist() if frame not in rows]
     if missing:
@@ -348,14 +356,14 @@ def find_remedy(ids, rows):
     """What to do where pictures are missing: they are in another folder, or the ids are
     shifted. Or None. rows: those of the pictures that FRAMES has, by number."""
     ids = set(ids.tolist())
-    numbers = {number for number in rows if number is not None}
-    folder = at(FRAMES)
-    below = sorted(path for path in folder.glob("*") if path.is_dir())
-    for other in [folder.parent, *below] if not ids & numbers else []:
-        if ids <= {read_numbers(path)[0] for path in list_pictures(other)}:
-            return f"they are in {other}: set FRAMES to it"
-    shift = min(numbers, default=0) - min(ids)
-    if shift and len(ids) > 1 and {number + shift for number in ids} <= numbers:
+    if not ids & rows.keys():
+        folder = at(FRAMES)
+        below = sorted(path for path in folder.glob("*") if path.is_dir())
+        for other in [folder.parent, *below]:
+            if ids <= {read_numbers(path)[0] for path in list_pictures(other)}:
+                return f"they are in {other}: set FRAMES to it"
+    shift = min(rows, default=0) - min(ids)
+    if shift and len(ids) > 1 and {number + shift for number in ids} <= rows.keys():
         return f"do the ids start at another number? With {shift} added, all are there"
     return None
 
@@ -368,7 +376,7 @@ def make_windows(times, length):
     times = np.array([moment - first for moment in times], float)
     order = np.argsort(times)
     steps = np.diff(times[order])
-    usual = np.median(steps) if len(steps) else 1
+    usual = np.quantile(steps, 0.5, method="lower") if len(steps) else 1  # a step that occurs
     places = np.arange(len(times))
     starts_clip = np.r_[True, steps > 1.5 * usual]
     clip_start = np.maximum.accumulate(places * starts_clip)  # (P,)
@@ -402,7 +410,10 @@ def digest_pictures(sources, cache=None):
     known = {path.stem for path in cache.glob("*/*.npy")} if cache else ()
 
     def digest(source):
-        data = source.tobytes() if isinstance(source, np.ndarray) else source.read_bytes()
+        if isinstance(source, np.ndarray):
+            data = f"{source.shape} {source.dtype}".encode() + source.tobytes()
+        else:
+            data = source.read_bytes()
         return hashlib.md5(data).hexdigest()
 
     def try_picture(source):
@@ -469,9 +480,9 @@ class Frames:
 
     def load(self, row):
         image = read_image(self.sources[row]).resize(self.size[::-1], Image.BILINEAR)
-        digest, _, is_copy = self.digests[row].partition("-")
-        if is_copy:  # the same for each picture, whatever the experiment
-            image = jitter(image, np.random.default_rng(int(digest, 16)))
+        if row >= len(self.copy_of):  # a copy, the same for a picture whatever the experiment
+            seed = int(self.digests[row].removesuffix("-copy"), 16)
+            image = jitter(image, np.random.default_rng(seed))
         return np.asarray(image)
 
 
@@ -479,8 +490,9 @@ class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last pictures.
 
     images: what windows are made of, feature vectors (P + C, K) or Frames. windows: rows of
-    images (M, T). counts: (M,). shuffle: every epoch deals the windows anew and shows, in half
-    of them, the copy of each picture that has one; copy_of (P,): see Frames."""
+    images (n, T). counts: (n,). shuffle: every epoch takes the windows in another order.
+    copy_of (P,), see Frames: every epoch shows, in another half of the windows, the copy of
+    each picture that has one."""
 
     def __init__(self, images, windows, counts, batch_size, shuffle=False, copy_of=None):
         super().__init__()
@@ -505,6 +517,7 @@ class WindowSequence(keras.utils.Sequence):
     def on_epoch_end(self):
         if self.shuffle:
             self.rng.shuffle(self.order)
+        if self.copy_of is not None:
             in_copies = self.rng.random((len(self.windows), 1)) < 0.5
             self.shown = np.where(in_copies, self.copy_of[self.windows], self.windows)
 
@@ -523,7 +536,7 @@ def load_resnet50():
         return build(None), "random", True
     if WEIGHTS == "imagenet":
         home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-        path = home / "models" / IMAGENET_FILE  # Keras reads none in a home that it cannot write
+        path = home / "models" / IMAGENET_FILE  # which Keras ignores if it cannot write there
         if not path.is_file() or hashlib.md5(path.read_bytes()).hexdigest() != IMAGENET_MD5:
             path = WEIGHTS  # to be downloaded
     else:
@@ -593,7 +606,7 @@ def fold_batchnorm(resnet, read):
 
 def build_backbone(frames):
     """ResNet50 read at the layers of FEATURE_LAYERS: a frame (H, W, 3) uint8 -> its features
-    (F,), the mean and standard deviation of each layer, (h, w, C), over the cells of its grid.
+    (F,), the mean and standard deviation of each channel of each layer in each cell of its grid.
     frames: some of the training ones calibrate random weights. Returns (model, what its weights
     are). Raises InputError."""
     keras.utils.clear_session()  # layers are named, and cached under these names, as in any run
@@ -610,10 +623,10 @@ def build_backbone(frames):
     maps = fold_batchnorm(resnet, grids)(normalise(frame))
     features = []
     for x, (rows, columns) in zip(keras.tree.flatten(maps), grids.values()):
-        x = ops.cast(x, "float32")  # (h, w, C)
+        x = ops.cast(x, "float32")  # (h, w, channels)
         cell = (math.ceil(x.shape[1] / rows), math.ceil(x.shape[2] / columns))
         average = layers.AveragePooling2D(cell, padding="same")
-        mean = average(x)  # (rows, columns, C), or fewer where these do not divide (h, w)
+        mean = average(x)  # (rows, columns, channels), or fewer where these do not divide h, w
         features.append(layers.Flatten()(mean))
         if FEATURE_SPREAD:
             variance = ops.relu(average(ops.square(x)) - ops.square(mean))
@@ -628,7 +641,8 @@ def build_backbone(frames):
 
 def open_cache(backbone, folder):
     """The folder below folder for the features that this very network computes."""
-    versions = (1, keras.__version__, keras.backend.backend(), Image.__version__)  # 1: jitter's
+    jitter_version = 1  # to be raised when jitter() changes
+    versions = (jitter_version, keras.__version__, keras.backend.backend(), Image.__version__)
     key = hashlib.md5(f"{versions} {backbone.to_json()}".encode())
     for weights in backbone.get_weights():
         key.update(weights.tobytes())
@@ -672,29 +686,31 @@ def extract_features(backbone, frames, cache=None):
 
 def build_reduction(features):
     """The end of stage 1: features (F,) -> feature vector (K,). features: of all training
-    pictures and copies (M, F), which they are standardised by, to length 1 on average, and
-    reduced to their principal components. Returns a model of two layers; after the first,
-    "standardised", the longest training vector has length 1, which tells what is unfamiliar."""
+    pictures and copies (M, F). Returns a model of two layers: "standardised", by the training
+    features, where the longest of these has length 1, as a measure of what is unfamiliar; and
+    "components", their principal components, which makes that a mean squared length of 1."""
     scaler = preprocessing.StandardScaler().fit(features)
     deviation = np.sqrt(scaler.var_)
-    floor = max(0.1 * float(np.median(deviation)), 1e-3)  # else what hardly varied would shout
-    deviation = np.maximum(deviation, floor)
+    floor = 0.1 * float(np.median(deviation))  # what hardly varied may one day vary as the rest
+    deviation = np.maximum(deviation, max(floor, 1e-3))
     standardised = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
     lengths = np.linalg.norm(standardised, axis=1)
     longest = max(float(lengths.max()), 1.0)
-    scale = longest / max(float(np.sqrt(np.mean(lengths**2))), 1.0)
-    variance = np.square(deviation * longest)
+    typical = max(float(np.sqrt(np.mean(lengths**2))), 1.0)
+
     reduction = keras.Sequential(name="reduction")
     reduction.add(keras.Input((features.shape[1],), name="features"))
+    variance = np.square(deviation * longest)
     reduction.add(layers.Normalization(mean=scaler.mean_, variance=variance, name="standardised"))
     if COMPONENTS:
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
-        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED)  # 1: no worse
-        pca.fit(standardised)
+        # One power iteration does as well here as the default's, in a third of the time.
+        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED)
+        kernel = pca.fit(standardised).components_.T  # no bias: their mean is 0
         reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
-        reduction.layers[-1].set_weights([pca.components_.T * scale])
+        reduction.layers[-1].set_weights([kernel * longest / typical])
     else:
-        reduction.add(layers.Rescaling(scale, name="components"))
+        reduction.add(layers.Rescaling(longest / typical, name="components"))
     return reduction
 
 
@@ -706,12 +722,13 @@ def build_spatial(backbone, reduction):
 
 
 # == Stages 2 and 3: temporal, regression ========
-def build_temporal(length):
-    """Stage 2: feature vectors (T, K), K = length -> what the LSTM makes of them (LSTM_UNITS,)."""
+def build_temporal(n_components):
+    """Stage 2: feature vectors (T, K = n_components) -> what the LSTM makes of them
+    (LSTM_UNITS,)."""
     temporal = keras.Sequential(name="temporal")
-    temporal.add(keras.Input((SEQUENCE_LENGTH, length), name="vectors"))
+    temporal.add(keras.Input((SEQUENCE_LENGTH, n_components), name="vectors"))
     if PROJECTION:
-        start = keras.initializers.RandomNormal(stddev=0.01)  # for vectors of any length
+        start = keras.initializers.RandomNormal(stddev=0.01)  # Keras's own grows as K shrinks
         temporal.add(layers.Dense(PROJECTION, kernel_initializer=start, name="projection"))
     lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=SEQUENCE_LENGTH <= 16, name="lstm")
     temporal.add(lstm)
@@ -723,12 +740,12 @@ def build_temporal(length):
 def build_regression(counts):
     """Stage 3: (LSTM_UNITS,) -> people in the last picture (1,). Starts at the mean of the
     training counts (n_train,), in units of their standard deviation."""
-    spread, mean = max(float(counts.std()), 1.0), float(counts.mean())
+    unit, mean = max(float(counts.std()), 1.0), float(counts.mean())
     return keras.Sequential([
         keras.Input((LSTM_UNITS,), name="memory"),
         layers.Dense(DENSE_UNITS, activation="gelu", name="dense"),  # relu can die
         layers.Dense(1, name="deviation"),
-        layers.Rescaling(spread, mean, name="count"),
+        layers.Rescaling(unit, mean, name="count"),
     ], name="regression")
 
 
@@ -794,8 +811,8 @@ def draw_loss(history, baseline):
     training = history["mse"] ** 0.5
     axes.plot(history.index - 0.5, training, label="training: mean over the epoch", **style)
     if baseline:
-        validation, style["ls"] = history["val_mse"] ** 0.5, "--"
-        axes.plot(history.index, validation, label="validation: after the epoch", **style)
+        validation = history["val_mse"] ** 0.5
+        axes.plot(history.index, validation, "--", label="validation: after the epoch", **style)
         axes.axhline(baseline["rmse"], color="0.5", ls=":", label="validation: the mean count")
     axes.set(ylim=0, xlabel="Epoch", ylabel="Root of the mean squared error (people)")
     axes.legend()
@@ -838,8 +855,9 @@ def draw_examples(validation, paths):
 
 
 def draw_figures(history, table, baseline, paths, title):
-    """The figures of a run, {name: figure}. paths: of the validation pictures."""
-    figures = {"loss": draw_loss(history, baseline)}
+    """The figures of a run, {name: figure}, or None where there is no validation. paths: of the
+    validation pictures."""
+    figures = {"loss": draw_loss(history, baseline), "predictions": None, "examples": None}
     validation = table[table["split"] == "validation"]
     if len(validation):
         figures["predictions"] = draw_predictions(validation, title)
@@ -859,14 +877,18 @@ def draw_counts(table):
 
 
 def save_figures(folder, draw):
-    """Saves what draw() returns, {name: figure}, and shows it where there is a screen. What
-    figures cannot do here costs only themselves."""
+    """Saves what draw() returns, {name: figure}, and shows it where there is a screen; in the
+    place of None, the figure of an earlier model goes. What fails costs only the figures."""
     try:
         settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.compression": 1}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
         for name, figure in draw().items():
-            save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
-            write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
+            if figure:
+                save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
+                write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
+            else:
+                (folder / f"{name}.png").unlink(missing_ok=True)
+                (folder / f"{name}.pdf").unlink(missing_ok=True)
         if plt.get_backend().lower() != "agg":
             plt.show()
         plt.close("all")
@@ -878,28 +900,25 @@ def save_results(outputs, model, history, table, run):
     """Writes all results and prints a summary. table: id, split, true, predicted of every
     label. run: more for metrics.json. Returns (summary, baseline): baseline is what always the
     mean training count scores, None without validation."""
-    train, validation = (table[table["split"] == split] for split in ("train", "validation"))
+    trained_on = table[table["split"] == "train"]
+    validation = table[table["split"] == "validation"]
     report, baseline = {}, None
     summary = "No label was left to validate: nothing is known of the error on other pictures."
     if len(validation):
         metrics = measure(validation["true"], validation["predicted"])
-        baseline = measure(validation["true"], train["true"].mean())
+        baseline = measure(validation["true"], trained_on["true"].mean())
         report = metrics | {"baseline": baseline}
         summary = describe("Validation frames", metrics)
         summary += "\n" + describe("Always the mean count", baseline)
-    report |= run | {"train_frames": len(train), "validation_frames": len(validation)}
+    report |= run | {"train_frames": len(trained_on), "validation_frames": len(validation)}
     report["constants"] = {name: globals()[name] for name in globals() if name.isupper()}
     report["versions"] = {"python": sys.version, "keras": keras.__version__, "tf": tf.__version__}
-    writers = (
-        model.save,
-        history.to_csv,
-        lambda path: table.to_csv(path, index=False, float_format="%.6f"),
-        lambda path: path.write_text(json.dumps(report, indent=2, default=str)),
-    )
-    write_files(outputs, dict(zip(RESULTS, writers)))
-    for figure in ("loss", "predictions", "examples"):  # of an earlier model, now gone
-        for kind in ("png", "pdf"):
-            Path(outputs, f"{figure}.{kind}").unlink(missing_ok=True)
+    write_files(outputs, {
+        MODEL: model.save,
+        "history.csv": history.to_csv,
+        "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
+        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str)),
+    })
     print(f"\n{summary}")
     if error := report.get("mae_standard_error"):
         print(f"With {len(validation)} frames, that MAE has a standard error of {error:.3f}.")
@@ -912,6 +931,8 @@ def load_stages(model):
     """(backbone, reduction, temporal, regression) of a model or of its file. Raises
     InputError."""
     loaded = model
+    if isinstance(model, (str, Path)) and not Path(model).expanduser().is_file():
+        raise InputError(f"{model}: no such file; train a model first")
     try:
         if isinstance(model, (str, Path)):
             loaded = keras.saving.load_model(Path(model).expanduser(), compile=False)
@@ -939,7 +960,10 @@ def list_sources(frames):
         if not path.exists():
             problem = "no such folder or picture"
     else:
-        sources = [Path(one).expanduser() if isinstance(one, (str, Path)) else one for one in frames]
+        sources = []
+        for frame in frames:
+            is_path = isinstance(frame, (str, Path))
+            sources.append(Path(frame).expanduser() if is_path else np.asarray(frame))
     if not sources:
         remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 FOLDER/%06d.jpg"
         raise InputError(f"{shorten(str(frames), 99)}: {problem}; {remedy}")
@@ -967,12 +991,12 @@ def count_people(model, frames, cache=None):
 
     shown = [sources[row] for row in readable]
     images = Frames(shown, [digests[row] for row in readable], backbone.input_shape[1:3])
-    standardise, project = reduction.layers
+    standardise, reduce = reduction.layers
     lengths, vectors = [], []
     for features in extract_features(backbone, images, cache):
         standardised = standardise(features)
         lengths.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
-        vectors.append(ops.convert_to_numpy(project(standardised)))
+        vectors.append(ops.convert_to_numpy(reduce(standardised)))
     vectors = np.concatenate(vectors)
     windows = make_windows(find_times(shown), temporal.input_shape[1])
     if isinstance(frames, (str, Path)):
@@ -991,7 +1015,7 @@ def count_people(model, frames, cache=None):
 def count_folder():
     """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
     started, outputs = time.time(), at(OUTPUTS)
-    model = outputs / RESULTS[0]
+    model = outputs / MODEL
     table = count_people(model, at(COUNT), at(CACHE) if CACHE_FEATURES else None)
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
     print(f"{table['count'].mean():.1f} people on average; {table['unfamiliar'].sum()} of",
@@ -1044,7 +1068,7 @@ def check_pictures(paths, table, cache):
     shape = image.width / image.height
     if not 0.9 < shape * height / width < 1.1:
         fitting = (height, round(height * shape))
-        print(f"{image.width}x{image.height} is distorted; FRAME_SIZE = {fitting} keeps their shape.")
+        print(f"Distorts {image.width}x{image.height}; FRAME_SIZE = {fitting} keeps their shape.")
     return digests
 
 

@@ -91,7 +91,9 @@ def test_the_readme_counts_a_window_without_this_project_as_count_people_does(fi
 def test_another_model_is_refused_in_a_line(finished, constants, monkeypatch):
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     other.save(finished / "other.keras")
-    for model in (other, finished / "other.keras", finished / "labels.csv", finished / "none.keras"):
+    with pytest.raises(ts.InputError, match="none.keras: no such file; train a model first"):
+        ts.count_people(finished / "none.keras", finished / "frames" / "frames")
+    for model in (other, finished / "other.keras", finished / "labels.csv"):
         with pytest.raises(ts.InputError, match="not written by this script"):
             ts.count_people(model, finished / "frames" / "frames")
     monkeypatch.setenv("HOME", str(finished))
@@ -151,11 +153,11 @@ def test_footage_without_one_whole_frame_is_refused(finished):
     assert len(str(refusal.value)) < 500
 
 
-@pytest.mark.parametrize("form", ["array", "list of arrays", "list of texts"])
+@pytest.mark.parametrize("form", ["array", "list of arrays", "list of texts", "images"])
 def test_frames_come_as_files_or_arrays(finished, form):
     paths = sorted((finished / "frames" / "frames").iterdir())[:3]
     arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
-    frames = {"array": arrays, "list of arrays": list(arrays), "list of texts": list(map(str, paths))}[form]
+    frames = {"array": arrays, "list of arrays": list(arrays), "list of texts": list(map(str, paths)), "images": list(map(Image.open, paths))}[form]
     model = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
     expected = ts.count_people(model, paths)["count"].to_numpy()
     counts = ts.count_people(model, frames)["count"].to_numpy()
@@ -357,6 +359,7 @@ def test_the_readme_leads_from_a_video_to_counts(tmp_path, constants, monkeypatc
     assert rows.index.tolist() == list(range(20, 2001, 20)) and rows["count"].isna().all()
     rows["count"].fillna(counts).to_csv(video / "labels.csv")
     monkeypatch.setattr(ts, "ROOT", video)
+    monkeypatch.setattr(ts, "COUNT", None)  # which the last command changes
     ts.main()
     said = capsys.readouterr().out
     assert "100 pictures, 5 labels: the first 4 train, the last 1 validate; 25 pictures read." in said

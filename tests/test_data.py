@@ -37,6 +37,7 @@ def test_windows(times, step, length):
 
 def test_windows_worked_by_hand():
     assert ts.make_windows([1, 2, 3, 7, 8], 3).tolist() == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [3, 3, 3], [3, 3, 4]]
+    assert ts.make_windows([1, 2, 5], 2).tolist() == [[0, 0], [0, 1], [2, 2]]
     milliseconds = [1700000000000, 1700000000033, 1700000000067, 1700000000100, 1700000000300]
     assert ts.make_windows(milliseconds, 3)[-2:].tolist() == [[1, 2, 3], [4, 4, 4]], "steps of 33 and 34 are one step"
     assert ts.make_windows([10**30, 10**30 + 1], 2).tolist() == [[0, 0], [0, 1]]
@@ -50,6 +51,7 @@ NAMES = {  # what the pictures are called: (names in order, their windows of 2)
         [[0, 0], [0, 1], [1, 2], [3, 3]],
     ),
     "a clock with signs": (["2024-01-01 10-00-59.jpg", "2024-01-01 10-01-00.jpg"], [[0, 0], [0, 1]]),
+    "a clock with milliseconds": (["20240101100059000.jpg", "20240101100100000.jpg", "20240101100101020.jpg", "20240101100103000.jpg"], [[0, 0], [0, 1], [1, 2], [3, 3]]),
     "14 digits that are no date": (["00000000000007.jpg", "00000000000008.jpg"], [[0, 0], [0, 1]]),
     "Unix times": (["1700000059.jpg", "1700000060.jpg", "1700000061.jpg", "1700000091.jpg"], [[0, 0], [0, 1], [1, 2], [3, 3]]),
     "nanoseconds": (["1700000000000000000.jpg", "1700000001000000000.jpg"], [[0, 0], [0, 1]]),

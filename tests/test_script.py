@@ -302,12 +302,13 @@ def test_where_a_result_cannot_be_replaced_all_stay(finished, constants, monkeyp
 
 
 def test_what_a_killed_run_was_writing_is_gone_after_the_next(finished, run):
-    for folder in ("outputs/.new-abc/old", "feature_cache/0123/.new-def"):
+    for folder in (f"outputs/{ts.NEW}abc/old", f"feature_cache/0123/{ts.NEW}def"):
         (finished / folder).mkdir(parents=True)
         (finished / folder / "x.npy").write_bytes(b"half")
     time.sleep(0.05)
+    (finished / "outputs" / ".new-of-others").mkdir()
     run(EPOCHS=1)
-    assert not list(finished.rglob(".new-*"))
+    assert [path.name for path in finished.rglob(".new-*")] == [".new-of-others"]
 
 
 def test_all_labels_can_train_and_nothing_passes_for_validation(finished, run, capsys, figures):

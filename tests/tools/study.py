@@ -41,7 +41,7 @@ ROWS = {  # name: constants and functions of the script that differ
     "PCA to 256": {"COMPONENTS": 256},
     "no projection: the LSTM sees the feature vectors": {"PROJECTION": 0},
     "Keras's forget bias": {"FORGET_BIAS": 1.0},
-    "batches of 32, however few labels": {"math": argparse.Namespace(ceil=lambda number: max(32, math.ceil(number)))},
+    "batches of 32, however few labels": {"min_steps": 1},
     "a rate of 0.03": {"LEARNING_RATE": 0.03},
     "a rate of 0.3": {"LEARNING_RATE": 0.3},
     "Adam, 1e-3": {"OPTIMIZER": "adam", "LEARNING_RATE": 1e-3},
@@ -62,7 +62,7 @@ ROWS = {  # name: constants and functions of the script that differ
 
 def settings(row):
     """The script's constants and functions for a row."""
-    changes = {name: value for name, value in row.items() if name != "grids"}
+    changes = {name: value for name, value in row.items() if name not in ("grids", "min_steps")}
     if "grids" in row:
         for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
             grids = getattr(ts, name)
@@ -102,9 +102,9 @@ class Video:
         return self.known[key]
 
 
-def predict(features, counts, times, train, tests):
+def predict(features, counts, times, train, tests, min_steps=4):
     """Counts of each of tests, features (M, F) of stretches of pictures, by a network of the labels in rows train.
-    features: of the P pictures, then of a copy of each."""
+    features: of the P pictures, then of a copy of each. min_steps: batches are smaller if an epoch had fewer steps."""
     n = len(times)
     windows = ts.make_windows(times, ts.SEQUENCE_LENGTH)
     frames = ts.Frames([None] * n, [""] * n, ts.FRAME_SIZE, np.unique(windows[train]))
@@ -114,7 +114,7 @@ def predict(features, counts, times, train, tests):
     keras.utils.set_random_seed(ts.SEED)
     vectors = reduction.predict(features, verbose=0)
     model = keras.Sequential([ts.build_temporal(vectors.shape[1]), ts.build_regression(counts[train])])
-    batch_size = min(ts.BATCH_SIZE, ts.math.ceil(len(train) / 4))
+    batch_size = min(ts.BATCH_SIZE, math.ceil(len(train) / min_steps))
     ts.train(model, ts.WindowSequence(vectors, windows[train], counts[train], batch_size, True, frames.copy_of))
     counted = []
     for test in tests:
@@ -128,11 +128,12 @@ def measure_row(row, video, options):
     """{column: (MAE, MSE)} of a row, with the script's constants as they are."""
     n, first = len(video.counts), round(len(video.counts) * options.split)
     key = (ts.SEED if not ts.WEIGHTS else 0, ts.FRAME_SIZE, str(ts.FEATURE_LAYERS), ts.FEATURE_SPREAD, "normalise" in row)
+    min_steps = row.get("min_steps", 4)
     features, others = video.features(key, video.paths[first:])
     scores = {}
 
     def count(name, train, conditions):
-        counted = predict(features, video.counts, video.times, train, conditions.values())
+        counted = predict(features, video.counts, video.times, train, conditions.values(), min_steps)
         for condition, counts in zip(conditions, counted):
             scores[condition or name] = ts.measure(video.counts[first:], counts)
 
@@ -145,7 +146,7 @@ def measure_row(row, video, options):
         counted = np.empty(n)
         for fold in np.array_split(np.arange(n), options.folds):
             train = np.flatnonzero((np.arange(n) < fold[0] - MARGIN) | (np.arange(n) > fold[-1] + MARGIN))
-            (counted[fold],) = predict(features, video.counts, video.times, train, [features[fold]])
+            (counted[fold],) = predict(features, video.counts, video.times, train, [features[fold]], min_steps)
         scores["folds"] = ts.measure(video.counts, counted)
     return {name: (score["mae"], score["mse"]) for name, score in scores.items()}
 
@@ -169,7 +170,7 @@ def main():
         spec.loader.exec_module(module)
         keras.applications.ResNet50, ts.WEIGHTS = module.ResNet50, "imagenet"
     video = Video({name: Path(path) for name, path in (other.split("=", 1) for other in options.other)})
-    defaults = {name: getattr(ts, name) for name in [name for name in vars(ts) if name.isupper()] + ["normalise", "math"]}
+    defaults = {name: getattr(ts, name) for name in [name for name in vars(ts) if name.isupper()] + ["normalise"]}
     header = None
     for name in options.rows:
         scores = []
