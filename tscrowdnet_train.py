@@ -998,7 +998,8 @@ def count_people(model, frames, cache=None):
         lengths.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
         vectors.append(ops.convert_to_numpy(reduce(standardised)))
     vectors = np.concatenate(vectors)
-    windows = make_windows(find_times(shown), temporal.input_shape[1])
+    times = find_times(sources)  # of the unreadable, too: they leave a break
+    windows = make_windows([times[row] for row in readable], temporal.input_shape[1])
     if isinstance(frames, (str, Path)):
         print(describe_windows(windows))
     people = []

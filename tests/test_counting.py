@@ -142,6 +142,18 @@ def test_damaged_frames_have_an_empty_count_and_are_named(finished, constants, c
     np.testing.assert_allclose(counts["count"].iloc[far], whole["count"].iloc[far], atol=1e-3)
 
 
+def test_no_window_reaches_across_an_unreadable_picture(finished):
+    """Whether its place is known from its name or from the order."""
+    folder = finished / "frames" / "frames"
+    arrays = [np.asarray(Image.open(path)) for path in sorted(folder.iterdir())[:8]]
+    damage(folder, [4])
+    model = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
+    apart = [*ts.count_people(model, arrays[:3])["count"], *ts.count_people(model, arrays[4:])["count"]]
+    broken = [*arrays[:3], np.zeros((2, 2)), *arrays[4:]]
+    for frames in (broken, sorted(folder.iterdir())[:8]):
+        assert ts.count_people(model, frames)["count"].dropna().tolist() == pytest.approx(apart, abs=1e-5)
+
+
 def test_footage_without_one_whole_frame_is_refused(finished):
     frames = finished / "frames" / "frames"
     Image.fromarray(np.zeros((48, 64), "uint16")).save(finished / "deep.png")

@@ -222,6 +222,20 @@ def test_the_saved_model_predicts_on_frames_what_was_predicted_from_features(fir
     assert np.abs(np.load(folder / "counts.npy") - table["predicted"]).max() < 1e-3
 
 
+@pytest.mark.parametrize(("batch_size", "steps"), [(32, 4), (2, 8)])
+def test_small_sets_take_at_least_four_steps_an_epoch(constants, monkeypatch, batch_size, steps):
+    """16 training windows."""
+
+    def check(model, training, **_):
+        assert len(training) == steps
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.Model, "fit", check)
+    constants(BATCH_SIZE=batch_size)
+    with pytest.raises(KeyboardInterrupt):
+        ts.main()
+
+
 @pytest.mark.parametrize("optimizer", ["default", "adam"])
 def test_training_on_windows_of_frames_gives_the_same_predictions(run, monkeypatch, optimizer):
     """CACHE_FEATURES = False: frames and copies pass TimeDistributed ResNet50 at every step."""

@@ -12,7 +12,7 @@ folds     so many stretches, each counted by a model of the others, 5 pictures l
 1/EVERY   --labels: the same as "later" from the counts of every so-many-th picture of the first part alone
 
 Weights are random, but for those that ResNet50() of FILE.py returns with weights="imagenet". Prints a row for each change: mean
-over the seeds of MAE / MSE, and the standard deviation of the MAE where there are several. Features stay in the script's CACHE.
+over the seeds of MAE / MSE, the standard deviation of the MAE where there are several, and the worst where there are five. Features stay in the script's CACHE.
 """
 
 import argparse
@@ -186,6 +186,8 @@ def main():
         for column in header:
             maes, mses = zip(*(score[column] for score in scores))
             spread = f" ± {np.std(maes):.2f}" if len(maes) > 1 else ""
+            if len(maes) >= 5:
+                spread += f" (at most {np.max(maes) / np.median(maes):.2f} x the median)"
             cells.append(f"{np.mean(maes):.3f}{spread} / {np.mean(mses):.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
