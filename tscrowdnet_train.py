@@ -62,7 +62,7 @@ try:
     import seaborn as sns
     import tensorflow as tf
     from keras import layers, ops
-    from PIL import Image, ImageEnhance, ImageOps  # Pillow comes with matplotlib
+    from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError  # as matplotlib does
     from sklearn import decomposition, preprocessing
 except ModuleNotFoundError as error:
     if __name__ != "__main__":
@@ -362,6 +362,8 @@ def find_remedy(ids, rows):
         for other in [folder.parent, *below]:
             if ids <= {read_numbers(path)[0] for path in list_pictures(other)}:
                 return f"they are in {other}: set FRAMES to it"
+        if not folder.is_dir():
+            return "there is no such folder; correct FRAMES"
     shift = min(rows, default=0) - min(ids)
     if shift and len(ids) > 1 and {number + shift for number in ids} <= rows.keys():
         return f"do the ids start at another number? With {shift} added, all are there"
@@ -401,7 +403,8 @@ def read_image(source):
             raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # of many kinds
-        raise InputError(f"{getattr(source, 'name', 'array')}: {error!r}") from error
+        problem = "no picture" if isinstance(error, UnidentifiedImageError) else repr(error)
+        raise InputError(f"{getattr(source, 'name', 'array')}: {problem}") from error
 
 
 def digest_pictures(sources, cache=None):
@@ -877,18 +880,20 @@ def draw_counts(table):
 
 
 def save_figures(folder, draw):
-    """Saves what draw() returns, {name: figure}, and shows it where there is a screen; in the
-    place of None, the figure of an earlier model goes. What fails costs only the figures."""
+    """Saves what draw() returns, {name: figure}, in the place of an earlier model's, and shows
+    it where there is a screen. What fails costs only the figures."""
     try:
         settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.compression": 1}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
-        for name, figure in draw().items():
+        figures = draw()
+        for name in figures:  # of an earlier model
+            if (folder / f"{name}.png").is_file():
+                (folder / f"{name}.png").unlink()
+                (folder / f"{name}.pdf").unlink(missing_ok=True)
+        for name, figure in figures.items():
             if figure:
                 save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
                 write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
-            else:
-                (folder / f"{name}.png").unlink(missing_ok=True)
-                (folder / f"{name}.pdf").unlink(missing_ok=True)
         if plt.get_backend().lower() != "agg":
             plt.show()
         plt.close("all")
@@ -1019,8 +1024,9 @@ def count_folder():
     model = outputs / MODEL
     table = count_people(model, at(COUNT), at(CACHE) if CACHE_FEATURES else None)
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
-    print(f"{table['count'].mean():.1f} people on average; {table['unfamiliar'].sum()} of",
-          f"{len(table)} frames look like no training frame: doubt those.")
+    n_unfamiliar = table["unfamiliar"].sum()
+    print(f"{table['count'].mean():.1f} people on average; {n_unfamiliar} of {len(table)} frames",
+          "look like no training frame" + (": doubt those." if n_unfamiliar else "."))
     save_figures(outputs, lambda: {"counts": draw_counts(table)})
     sweep(started)
 
@@ -1035,7 +1041,8 @@ def load_data():
     labels = labels.dropna()
     n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
     if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
-        raise InputError(f"{at(LABELS)}: {n} labels, too few for {TRAIN_FRACTION = }")
+        problem = f"{n} labels, too few for {TRAIN_FRACTION = }"
+        raise InputError(f"{at(LABELS)}: {problem}; write the counts of more pictures into it")
     found = list_pictures(at(FRAMES))
     rows = find_labelled(found, labels.index)
     times = find_times(found)
