@@ -360,7 +360,7 @@ def test_training_and_counting_see_the_same_windows(case, video, run, capsys):
 
 
 def test_the_readme_leads_from_a_video_to_counts(tmp_path, constants, monkeypatch, capsys):
-    """Its commands as written, after ffmpeg's: a sheet, filled in for every 20th of 100 pictures; training; counting the rest."""
+    """Its commands as written, after ffmpeg's: a sheet, filled in for every 10th of 100 pictures; training; counting the rest."""
     readme = (Path(ts.__file__).parent / "README.md").read_text()
     ffmpeg, sheet, train, count = readme.split("<!-- recipe -->")[1].strip().split("\n\n")[0].splitlines()
     assert "ffmpeg" in ffmpeg and train.split() == ["python", "tscrowdnet_train.py"]
@@ -368,14 +368,14 @@ def test_the_readme_leads_from_a_video_to_counts(tmp_path, constants, monkeypatc
     counts = pd.read_csv(video / "labels.csv", index_col="id")["count"]
     subprocess.run(sheet.strip().replace("python", sys.executable, 1), shell=True, check=True, cwd=video)
     rows = pd.read_csv(video / "labels.csv", index_col="id")
-    assert rows.index.tolist() == list(range(20, 2001, 20)) and rows["count"].isna().all()
+    assert rows.index.tolist() == list(range(10, 2001, 10)) and rows["count"].isna().all()
     rows["count"].fillna(counts).to_csv(video / "labels.csv")
     monkeypatch.setattr(ts, "ROOT", video)
     monkeypatch.setattr(ts, "COUNT", None)  # which the last command changes
     ts.main()
     said = capsys.readouterr().out
-    assert "100 pictures, 5 labels: the first 4 train, the last 1 validate; 25 pictures read." in said
-    assert "95 pictures have no label, 95 rows no count" in said
+    assert "100 pictures, 10 labels: the first 8 train, the last 2 validate; 50 pictures read." in said
+    assert "90 pictures have no label, 190 rows no count" in said
     exec(count.split('"')[1])
     counts = pd.read_csv(video / "outputs" / "counts.csv")["count"]
     assert len(counts) == 100 and counts.ge(0).all()

@@ -1,7 +1,7 @@
 """What each part of the model is worth, and how many labels do, on a video of one's own.
 
     python tests/tools/study.py FOLDER [--resnet50 FILE.py] [--other NAME=FRAMES ...] [--seeds 1]
-                                [--split 0.5] [--folds 0] [--labels EVERY ...] [--rows ROW ...]
+                                [--split 0.5] [--folds 0] [--labels EVERY ...] [--starts 1 ...] [--rows ROW ...]
 
 FOLDER holds labels.csv, a count for every picture, and frames/frames. Columns, because neighbouring pictures show the same
 people and folds dealt out among each other reward memory; believe what all say:
@@ -9,16 +9,18 @@ people and folds dealt out among each other reward memory; believe what all say:
 later     a first part, --split, trains, the rest is counted; and again as the folders of --other show it, pictures of the
           same names in other light or from a nudged camera, say
 folds     so many stretches, each counted by a model of the others, 5 pictures left out on either side
-1/EVERY   --labels: the same as "later" from the counts of every so-many-th picture of the first part alone
+1/EVERY   --labels: the same as "later" from the counts of every so-many-th picture of the first part alone; --starts: how far
+          into each stretch of so many pictures the counted one lies, 1: the last
 
 Weights are random, but for those that ResNet50() of FILE.py returns with weights="imagenet". Prints a row for each change: mean
-over the seeds of MAE / MSE, the standard deviation of the MAE where there are several, and the worst where there are five. Features stay in the script's CACHE.
+over seeds and starts of MAE / MSE, the standard deviation of the MAE where there are several, and the worst where there are five. Features stay in the script's CACHE.
 """
 
 import argparse
 import contextlib
 import importlib.util
 import io
+import itertools
 import math
 import os
 import sys
@@ -139,7 +141,7 @@ def measure_row(row, video, options):
 
     later = features[first:n]
     for every in options.labels:
-        count(f"1/{every}", np.arange(every - 1, first, every), {"": later})
+        count(f"1/{every}", np.arange(round(every * options.start) - 1, first, every), {"": later})
     if not options.labels:
         count("later", np.arange(first), {"later": later} | others)
     if options.folds:
@@ -160,6 +162,7 @@ def main():
     parser.add_argument("--split", type=float, default=0.5)
     parser.add_argument("--folds", type=int, default=0)
     parser.add_argument("--labels", type=int, nargs="+", default=[])
+    parser.add_argument("--starts", type=float, nargs="+", default=[1.0])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
     options = parser.parse_args()
     ts.LABELS, ts.FRAMES = str(options.folder.resolve() / "labels.csv"), str(options.folder.resolve() / "frames" / "frames")
@@ -174,7 +177,7 @@ def main():
     header = None
     for name in options.rows:
         scores = []
-        for seed in range(options.seeds):
+        for seed, options.start in itertools.product(range(options.seeds), options.starts):
             for constant, value in (defaults | settings(ROWS[name]) | {"SEED": seed}).items():
                 setattr(ts, constant, value)
             with contextlib.redirect_stdout(io.StringIO()):
