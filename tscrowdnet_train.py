@@ -93,10 +93,10 @@ FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
 FEATURE_SPREAD = True  # each cell's standard deviation, too; False: its mean alone
 COMPONENTS = 512  # length of a feature vector, or less with few pictures; 0: no PCA
 AUGMENT = 0.25  # share of training pictures with a copy in other light, the camera nudged
-CACHE_FEATURES = True  # False: ResNet50 sees every window in every epoch, for the same result
+CACHE_FEATURES = True  # False: ResNet50 sees BATCH_SIZE windows in each step; the same result
 CACHE = "feature_cache"  # one for all experiments
 PRECISION = "auto"  # or "float32", "mixed_bfloat16", which is faster on processors made for it
-FRAME_BATCH = 8  # pictures ResNet50 sees at once; fewer if memory runs out
+FRAME_BATCH = 8  # pictures ResNet50 reads at once; fewer if memory runs out
 
 # -- Temporal stage: projection and LSTM
 PROJECTION = 32  # numbers of each feature vector that the LSTM sees; 0: all
@@ -308,14 +308,14 @@ def read_numbers(source):
     None where there is none."""
     name = getattr(source, "stem", "")
     number = re.search(r"(\d+)\D*$", name)
-    clock = re.search(r"(?<!\d)(\d{4})" + r"\D?(\d\d)" * 5 + r"(?:\D?(\d{3}))?\D*$", name)
+    clock = re.search(r"(?<!\d)(\d{4})" + r"\D?(\d\d)" * 5 + r"(?:\D?(\d{3}|\d{6}))?\D*$", name)
     stamp = seconds = None
     if clock:
-        *date, milliseconds = clock.groups("")
+        *date, fraction = clock.groups("")
         try:
             moment = datetime(*map(int, date), tzinfo=timezone.utc)
             stamp, seconds = int("".join(clock.groups(""))), moment.timestamp()
-            seconds += int(milliseconds or 0) / 1000
+            seconds += float(f"0.{fraction or 0}")
         except ValueError:  # digits that are no date
             pass
     return int(number[1]) if number else None, stamp, seconds
@@ -349,7 +349,11 @@ def find_labelled(paths, ids):
         if len(rows[frame]) > 1:
             first, second = (paths[row] for row in rows[frame][:2])
             raise InputError(f"{first} and {second.name} have one number; move one away")
-    return np.array([rows[frame][0] for frame in ids.tolist()])
+    found = pd.Series([rows[frame][0] for frame in ids.tolist()], index=ids)
+    if found.duplicated().any():
+        frame = found.index[found.duplicated()][0]
+        raise InputError(f"{at(LABELS)}: id {frame} names a picture that another id names, too")
+    return found.to_numpy()
 
 
 def find_remedy(ids, rows):
@@ -494,8 +498,8 @@ class WindowSequence(keras.utils.Sequence):
 
     images: what windows are made of, feature vectors (P + C, K) or Frames. windows: rows of
     images (n, T). counts: (n,). shuffle: every epoch takes the windows in another order.
-    copy_of (P,), see Frames: every epoch shows, in another half of the windows, the copy of
-    each picture that has one."""
+    copy_of (P,), see Frames: every epoch draws for each window, at even odds, whether it shows
+    the copies of those of its pictures that have one."""
 
     def __init__(self, images, windows, counts, batch_size, shuffle=False, copy_of=None):
         super().__init__()
@@ -689,15 +693,16 @@ def extract_features(backbone, frames, cache=None):
 
 def build_reduction(features):
     """The end of stage 1: features (F,) -> feature vector (K,). features: of all training
-    pictures and copies (M, F). Returns a model of two layers: "standardised", by the training
-    features, where the longest of these has length 1, as a measure of what is unfamiliar; and
-    "components", their principal components, which makes that a mean squared length of 1."""
+    pictures and copies (M, F). Returns a model of two layers. After the first, "standardised",
+    training features have lengths of 1 at most, so that what is longer is unfamiliar. The
+    second, "components", gives principal components, on the scale where the mean squared
+    length of the training features is 1: one learning rate for all videos."""
     scaler = preprocessing.StandardScaler().fit(features)
     deviation = np.sqrt(scaler.var_)
     floor = 0.1 * float(np.median(deviation))  # what hardly varied may one day vary as the rest
     deviation = np.maximum(deviation, max(floor, 1e-3))
-    standardised = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
-    lengths = np.linalg.norm(standardised, axis=1)
+    deviates = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
+    lengths = np.linalg.norm(deviates, axis=1)
     longest = max(float(lengths.max()), 1.0)
     typical = max(float(np.sqrt(np.mean(lengths**2))), 1.0)
 
@@ -709,7 +714,7 @@ def build_reduction(features):
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
         # One power iteration does as well here as the default's, in a third of the time.
         pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED)
-        kernel = pca.fit(standardised).components_.T  # no bias: their mean is 0
+        kernel = pca.fit(deviates).components_.T  # no bias: their mean is 0
         reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
         reduction.layers[-1].set_weights([kernel * longest / typical])
     else:

@@ -139,6 +139,11 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "FRAMES one folder too high": (None, {"FRAMES": "frames"}, ["20 of 20", "they are in", "frames/frames: set FRAMES to it"]),
     "FRAMES one folder too low": (write("frames/frames/more/readme", b""), {"FRAMES": "frames/frames/more"}, ["20 of 20", "they are in", "frames/frames: set"]),
     "two frames with a number": (write("frames/frames/img7.png", b""), {}, ["img7.png and seq_000007.jpg", "one number"]),
+    "two ids for a picture": (
+        several(write("frames/frames/20240101_100059.jpg", b""), labels(numbered(["100059,3", "20240101100059,3", "2,4"]))),
+        {},
+        ["id 20240101100059 names a picture that another id names"],
+    ),
     "labels of the sample, other pictures": (sample_labels, {}, ["labels.csv", "labels of the sample", "LABELS"]),
     "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv", "too few", "TRAIN_FRACTION"]),
     "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["too few"]),
