@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import SCRIPT, TINY, check_whole, edited_copy, results, start
+from conftest import SCRIPT, TINY, edited_copy, results, start
 
 FIGURES = {f"{name}.{kind}" for name in ("loss", "predictions", "examples") for kind in ("png", "pdf")}
 RESULTS = FIGURES | {"ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json"}

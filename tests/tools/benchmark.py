@@ -9,7 +9,6 @@ its own, and peak memory is that process's.
 """
 
 import argparse
-import json
 import os
 import platform
 import re
