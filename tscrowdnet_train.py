@@ -975,7 +975,7 @@ def list_sources(frames):
             is_path = isinstance(frame, (str, Path))
             sources.append(Path(frame).expanduser() if is_path else np.asarray(frame))
     if not sources:
-        remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 FOLDER/%06d.jpg"
+        remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 -q:v 2 FOLDER/%06d.jpg"
         raise InputError(f"{shorten(str(frames), 99)}: {problem}; {remedy}")
     return sources
 

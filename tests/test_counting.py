@@ -16,6 +16,8 @@ from PIL import Image
 import tscrowdnet_train as ts
 from conftest import make_video
 
+README = Path(ts.__file__).parent / "README.md"
+
 
 def test_counting_new_footage_matches_the_predictions(finished, constants, capsys, figures):
     table = pd.read_csv(finished / "outputs" / "predictions.csv")
@@ -78,7 +80,7 @@ def test_the_readme_counts_a_window_without_this_project_as_count_people_does(fi
     folder = finished / "frames" / "frames"
     for path in sorted(folder.iterdir()):
         Image.open(path).resize((150, 101)).save(path, quality=95)
-    readme = (Path(ts.__file__).parent / "README.md").read_text()
+    readme = README.read_text()
     block = readme.split("<!-- use -->")[1].split("```")[1].removeprefix("python\n")
     names = {}
     monkeypatch.chdir(finished)
@@ -359,10 +361,26 @@ def test_training_and_counting_see_the_same_windows(case, video, run, capsys):
         assert f"{len(labels)} windows, {whole} of them whole" in said
 
 
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_the_readme_s_ffmpeg_makes_a_good_picture_of_each_second(tmp_path):
+    """Its own default is a number of bytes, too few for pictures a second apart."""
+    video = make_video(tmp_path / "clip", frames=4, size=(640, 480))
+    command = README.read_text().split("<!-- recipe -->")[1].split("\n")[2]
+    pictures = ts.list_pictures(video / "frames" / "frames")
+    before = [np.asarray(Image.open(path), int) for path in pictures]
+    clip = "ffmpeg -loglevel error -framerate 1 -i frames/frames/seq_%06d.jpg -c:v mjpeg -q:v 2 video.mp4"
+    subprocess.run(clip.split(), check=True, cwd=video)
+    shutil.rmtree(video / "frames" / "frames")
+    (video / "frames" / "frames").mkdir()
+    subprocess.run(command.split(), check=True, cwd=video, stdin=subprocess.DEVNULL)
+    assert ts.list_pictures(video / "frames" / "frames") == pictures
+    for path, picture in zip(pictures, before):
+        assert np.abs(np.asarray(Image.open(path), int) - picture).mean() < 1.5, path
+
+
 def test_the_readme_leads_from_a_video_to_counts(tmp_path, constants, monkeypatch, capsys):
     """Its commands as written, after ffmpeg's: a sheet, filled in for every 10th of 100 pictures; training; counting the rest."""
-    readme = (Path(ts.__file__).parent / "README.md").read_text()
-    ffmpeg, sheet, train, count = readme.split("<!-- recipe -->")[1].strip().split("\n\n")[0].splitlines()
+    ffmpeg, sheet, train, count = README.read_text().split("<!-- recipe -->")[1].strip().split("\n\n")[0].splitlines()
     assert "ffmpeg" in ffmpeg and train.split() == ["python", "tscrowdnet_train.py"]
     video = make_video(tmp_path / "clip", frames=100)
     counts = pd.read_csv(video / "labels.csv", index_col="id")["count"]
