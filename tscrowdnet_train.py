@@ -1027,6 +1027,8 @@ def count_folder():
     """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
     started, outputs = time.time(), at(OUTPUTS)
     model = outputs / MODEL
+    if model.is_file():
+        prepare_folder(outputs, ["counts.csv"])
     table = count_people(model, at(COUNT), at(CACHE) if CACHE_FEATURES else None)
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
     n_unfamiliar = table["unfamiliar"].sum()

@@ -38,6 +38,15 @@ def test_counting_new_footage_matches_the_predictions(finished, constants, capsy
     assert {"counts.png", "counts.pdf"} <= {path.name for path in (finished / "outputs").iterdir()}
 
 
+def test_that_counts_cannot_be_written_is_said_before_the_counting(finished, constants, loaded):
+    (finished / "outputs" / "counts.csv").mkdir()
+    shutil.rmtree(finished / "feature_cache")
+    constants(COUNT="frames/frames")
+    with pytest.raises(ts.InputError, match="outputs/counts.csv: a folder where a file goes; move it away"):
+        ts.main()
+    assert not loaded
+
+
 def test_frames_unlike_the_training_frames_are_marked(finished, constants, capsys):
     """Black, white, upside down and foreign frames; not those of other light or from a nudged camera."""
     footage = finished / "footage"

@@ -11,6 +11,7 @@ later     a first part, --split, trains, the rest is counted; and again as the f
 folds     so many stretches, each counted by a model of the others, 5 pictures left out on either side
 1/EVERY   --labels: the same as "later" from the counts of every so-many-th picture of the first part alone; --starts: how far
           into each stretch of so many pictures the counted one lies, 1: the last
+between   the other pictures of the first part, counted by that model: what COUNT gives for the footage that was labelled
 
 Weights are random, but for those that ResNet50() of FILE.py returns with weights="imagenet". Prints a row for each change: mean
 over seeds and starts of MAE / MSE, the standard deviation of the MAE where there are several, and the worst where there are five. Features stay in the script's CACHE.
@@ -134,16 +135,19 @@ def measure_row(row, video, options):
     features, others = video.features(key, video.paths[first:])
     scores = {}
 
-    def count(name, train, conditions):
-        counted = predict(features, video.counts, video.times, train, conditions.values(), min_steps)
-        for condition, counts in zip(conditions, counted):
-            scores[condition or name] = ts.measure(video.counts[first:], counts)
-
     later = features[first:n]
     for every in options.labels:
-        count(f"1/{every}", np.arange(round(every * options.start) - 1, first, every), {"": later})
+        train = np.arange(round(every * options.start) - 1, first, every)
+        rest = np.setdiff1d(np.arange(first), train)
+        counted = predict(features, video.counts, video.times, train, [later, features[:first]], min_steps)
+        scores[f"1/{every}"] = ts.measure(video.counts[first:], counted[0])
+        if len(rest):
+            scores[f"1/{every}, between"] = ts.measure(video.counts[rest], counted[1][rest])
     if not options.labels:
-        count("later", np.arange(first), {"later": later} | others)
+        conditions = {"later": later} | others
+        counted = predict(features, video.counts, video.times, np.arange(first), conditions.values(), min_steps)
+        for condition, counts in zip(conditions, counted):
+            scores[condition] = ts.measure(video.counts[first:], counts)
     if options.folds:
         counted = np.empty(n)
         for fold in np.array_split(np.arange(n), options.folds):
