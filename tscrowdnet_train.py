@@ -125,6 +125,8 @@ NEW = ".new-ts_crowdnet-"  # how folders begin of what is not whole yet
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MODEL = "ts_crowdnet.keras"
 RESULTS = (MODEL, "history.csv", "predictions.csv", "metrics.json")
+FIGURES = ("loss.png", "loss.pdf", "predictions.png", "predictions.pdf",
+           "examples.png", "examples.pdf")
 SAMPLE_COUNTS = "0e5fe536512e4161155f1f2fd24f9369"  # MD5 of the shipped counts, as float64
 
 
@@ -134,8 +136,6 @@ class InputError(ValueError):
 
 def at(path):
     """A path from the constants, relative to this script's folder unless absolute."""
-    if not isinstance(path, (str, Path)):
-        raise InputError(f"{path!r}: make it a path, in quotes")
     return ROOT / Path(path).expanduser()
 
 
@@ -148,28 +148,38 @@ def check_constants():
         (0, 10**6): ["COMPONENTS", "PROJECTION", "SEED"],
         (0.0, 1.0): ["AUGMENT", "TOLERANCE", "TRAIN_FRACTION"],
         (0.0, 0.99): ["LSTM_DROPOUT"],
-        (0.0, 99.0): ["LEARNING_RATE", "UNFAMILIAR"],
+        (1e-6, 99.0): ["LEARNING_RATE"],
+        (0.0, 99.0): ["UNFAMILIAR"],
         (-99.0, 99.0): ["FORGET_BIAS"],
     }
     for (low, high), names in limits.items():
         for name in names:
-            value, kind = globals()[name], type(low)
-            if not (isinstance(value, (int, kind)) and low <= value <= high):
-                raise InputError(f"{name} = {value!r}: make it {kind.__name__}, {low} to {high}")
+            value, kind = globals()[name], "a whole number" if type(low) is int else "a number"
+            is_number = isinstance(value, (int, type(low))) and not isinstance(value, bool)
+            if not (is_number and low <= value <= high):
+                raise InputError(f"{name} = {value!r}: make it {kind}, {low} to {high}")
+    for name in ("FEATURE_SPREAD", "CACHE_FEATURES"):
+        if type(globals()[name]) is not bool:
+            raise InputError(f"{name} = {globals()[name]!r}: make it True or False")
+    for name in ("LABELS", "FRAMES", "OUTPUTS", "CACHE", "WEIGHTS", "COUNT"):
+        value, is_optional = globals()[name], name in ("WEIGHTS", "COUNT")
+        if not (value and isinstance(value, (str, Path)) or is_optional and not value):
+            remedy = "make it a path, in quotes" + (", or None" if is_optional else "")
+            raise InputError(f"{name} = {value!r}: {remedy}")
     if not (is_pair(FRAME_SIZE) and min(FRAME_SIZE) >= 32):
-        raise InputError(f"{FRAME_SIZE = }: make it (height, width), ints from 32")
+        raise InputError(f"{FRAME_SIZE = }: make it (height, width), whole numbers from 32")
     for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
         grids = globals()[name]
         if not (isinstance(grids, dict) and grids and all(map(is_pair, grids.values()))):
-            raise InputError(f"{name} = {grids!r}: make it {{layer: (rows, columns)}}, ints from 1")
+            remedy = "{layer: (rows, columns)}, whole numbers from 1"
+            raise InputError(f"{name} = {grids!r}: make it {remedy}")
     if choose_precision() not in ("float32", "mixed_bfloat16"):
-        raise InputError(f"{PRECISION = }: make it auto, float32 or mixed_bfloat16")
-    for path in (LABELS, FRAMES, OUTPUTS, CACHE):
-        at(path)
+        raise InputError(f'{PRECISION = }: make it "auto", "float32" or "mixed_bfloat16"')
     try:
         keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
     except Exception as error:  # of many kinds
-        raise InputError(f"{OPTIMIZER = }: {error}") from error
+        remedy = 'make it "sgd", "adam", or a dict like the one that the script comes with'
+        raise InputError(f"{OPTIMIZER = }: {remedy} ({shorten(str(error), 150)})") from error
 
 
 def is_pair(value):
@@ -213,9 +223,11 @@ def write_files(folder, writers):
                 write(new / name)
                 if (folder / name).is_file():
                     shutil.copyfile(folder / name, old / name)
-        except OSError as error:  # a full disk, say
-            problem = f"cannot be written ({error.strerror or error})"
-            raise InputError(f"{folder / name}: {problem}; make room for it") from error
+        except OSError as error:
+            problem, remedy = error.strerror or "is the disk full?", "make room for it"
+            if isinstance(error, PermissionError):
+                remedy = "make it readable, or move it away"
+            raise InputError(f"{folder / name}: cannot be written ({problem}); {remedy}") from error
         moved = []
         try:
             for name in writers:
@@ -230,13 +242,16 @@ def write_files(folder, writers):
             raise InputError(f"{folder / name}: {problem}; close it or move it away") from error
 
 
-def prepare_folder(folder, names=()):
-    """Makes folder and raises InputError where these files could not be written to it."""
+def prepare_folder(folder, constant, names=()):
+    """Makes the folder that a constant names. Raises InputError where these files could not be
+    written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=NEW, dir=folder).cleanup()
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written to ({error.strerror})") from error
+        problem = "it is a file" if folder.is_file() else error.strerror
+        remedy = f"set {constant} to another folder"
+        raise InputError(f"{folder}: cannot be written to ({problem}); {remedy}") from error
     for name in names:
         if (folder / name).is_dir():
             raise InputError(f"{folder / name}: a folder where a file goes; move it away")
@@ -256,26 +271,34 @@ def read_labels(path):
     """Reads counts from a CSV with columns id and count, or from Mall's mall_gt.mat. Returns a
     float Series indexed by id, NaN where a row has no count. Raises InputError."""
     try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); correct LABELS") from error
+    try:
+        if not data.strip():
+            raise ValueError("it is empty")
         if path.suffix.lower() == ".mat":
-            counts = scipy.io.loadmat(str(path), variable_names=["count"])["count"].ravel()
+            counts = scipy.io.loadmat(io.BytesIO(data), variable_names=["count"])["count"].ravel()
             if counts.dtype.kind not in "iuf":
                 raise ValueError("its 'count' is no array of numbers")
             table = pd.DataFrame({"id": range(1, len(counts) + 1), "count": counts}, dtype=str)
             table.index += 1
         else:
-            is_utf16 = path.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff")
-            encoding = "utf-16" if is_utf16 else "utf-8-sig"
+            encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
             options = {"encoding": encoding, "encoding_errors": "replace"}
             options |= {"sep": None, "engine": "python"}  # whatever separates
-            table = pd.read_csv(path, dtype=str, header=None, skip_blank_lines=False, **options)
-            table.columns = table.iloc[0].str.strip().str.lower()
+            options |= {"dtype": str, "header": None, "skip_blank_lines": False}
+            table = pd.read_csv(io.BytesIO(data), **options)
+            names = table.iloc[0].str.strip().str.lower()
+            if sorted(names[names.isin(["id", "count"])]) != ["count", "id"]:
+                raise ValueError(f"its first line has {list(table.iloc[0])}, not id and count")
+            table.columns = names
             table.index += 1
             table = table[1:]
         table = table[["id", "count"]].dropna(how="all")
-        table.columns = ["id", "count"]  # fails for a column that is there twice
     except Exception as error:  # of many kinds
-        remedy = "set LABELS to a CSV whose first line is id,count, or to mall_gt.mat"
-        raise InputError(f"{path}: {remedy} ({shorten(str(error), 150)})") from error
+        remedy = "correct it: a CSV whose first line is id,count, or Mall's mall_gt.mat"
+        raise InputError(f"{path}: {shorten(str(error), 150)}; {remedy}") from error
 
     def refuse(is_bad, column, problem):
         if is_bad.any():
@@ -288,7 +311,8 @@ def read_labels(path):
     refuse(~(ids.ge(0) & ids.lt(2.0**63) & ids.mod(1).eq(0)), "id", "is no whole number from 0")
     ids = ids.astype("int64")
     refuse(ids.duplicated(), "id", "is there twice")
-    refuse(table["count"].notna() & ~counts.between(0, 10**6), "count", "is no number from 0")
+    is_count = table["count"].isna() | counts.between(0, 10**6)
+    refuse(~is_count, "count", "is no number from 0 to 1,000,000")
     return pd.Series(counts.to_numpy(), index=ids.to_numpy()).sort_index()
 
 
@@ -298,7 +322,8 @@ def list_pictures(folder):
     def natural(path):
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
-    paths = [path for path in folder.glob("[!.]*") if path.suffix.lower() in PICTURES]
+    paths = folder.iterdir() if folder.is_dir() else []
+    paths = [path for path in paths if path.suffix.lower() in PICTURES and path.name[0] != "."]
     return sorted((path for path in paths if path.is_file()), key=natural)
 
 
@@ -343,7 +368,7 @@ def find_labelled(paths, ids):
     missing = [frame for frame in ids.tolist() if frame not in rows]
     if missing:
         problem = f"{len(missing)} of {len(ids)} labelled pictures missing"
-        remedy = f"add {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
+        remedy = f"add those of ids {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
         raise InputError(f"{at(FRAMES)}: {problem}; {find_remedy(ids, rows) or remedy}")
     for frame in ids.tolist():
         if len(rows[frame]) > 1:
@@ -370,7 +395,7 @@ def find_remedy(ids, rows):
             return "there is no such folder; correct FRAMES"
     shift = min(rows, default=0) - min(ids)
     if shift and len(ids) > 1 and {number + shift for number in ids} <= rows.keys():
-        return f"do the ids start at another number? With {shift} added, all are there"
+        return f"do the ids start at another number? With {shift} added to each, all are there"
     return None
 
 
@@ -414,7 +439,7 @@ def read_image(source):
 def digest_pictures(sources, cache=None):
     """(digests, problem): the MD5 of each picture's content, None where it cannot be read, and
     a line about those. What has features in the folder cache was read before."""
-    known = {path.stem for path in cache.glob("*/*.npy")} if cache else ()
+    known = {path.stem for path in cache.glob("*/*.npz")} if cache else ()
 
     def digest(source):
         if isinstance(source, np.ndarray):
@@ -618,11 +643,14 @@ def build_backbone(frames):
     are). Raises InputError."""
     keras.utils.clear_session()  # layers are named, and cached under these names, as in any run
     resnet, weights, is_random = load_resnet50()
-    grids = FEATURE_LAYERS_RANDOM if is_random else FEATURE_LAYERS
-    try:
-        maps = [resnet.get_layer(name).output for name in grids]
-    except ValueError as error:
-        raise InputError(f"FEATURE_LAYERS, FEATURE_LAYERS_RANDOM: {error}") from error
+    constant = "FEATURE_LAYERS_RANDOM" if is_random else "FEATURE_LAYERS"
+    grids = globals()[constant]
+    names = [layer.name for layer in resnet.layers]
+    if unknown := grids.keys() - set(names):
+        some = ", ".join(name for name in names if name.endswith("_out"))
+        problem = f"no layer {min(unknown)} in ResNet50"
+        raise InputError(f"{constant}: {problem}; take conv1_relu, {some}")
+    maps = [resnet.get_layer(name).output for name in grids]
     resnet = keras.Model(resnet.input, maps, name="resnet50")
     if is_random:
         calibrate(resnet, frames[frames.trained_on[:2]])  # more would take gigabytes
@@ -639,6 +667,9 @@ def build_backbone(frames):
             variance = ops.relu(average(ops.square(x)) - ops.square(mean))
             features.append(layers.Flatten()(ops.sqrt(variance)))
     features = ops.concatenate(features, axis=-1)
+    if features.shape[1] > 200_000:
+        problem = f"{features.shape[1]:,} features of a picture fill the memory"
+        raise InputError(f"{constant}: {problem}; take coarser grids")
     backbone = keras.Model(frame, features, name="backbone")
     backbone.trainable = False
     print(f"ResNet50 ({weights}; {choose_precision()}; {describe_device()[0]}):",
@@ -653,9 +684,9 @@ def open_cache(backbone, folder):
     key = hashlib.md5(f"{versions} {backbone.to_json()}".encode())
     for weights in backbone.get_weights():
         key.update(weights.tobytes())
-    size = sum(path.stat().st_size for path in folder.rglob("*.npy"))
+    size = sum(path.stat().st_size for path in folder.rglob("*.npz"))
     print(f"Features are kept in {folder} ({size / 1e6:,.0f} MB so far).")
-    return prepare_folder(folder / key.hexdigest())
+    return prepare_folder(folder / key.hexdigest(), "CACHE")
 
 
 def run_backbone(backbone, frames, rows):
@@ -674,18 +705,18 @@ def extract_features(backbone, frames, cache=None):
     bar = keras.utils.Progbar(len(frames), unit_name="picture", verbose=len(frames) > 64)
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
     for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
-        files = [f"{frames.digests[row]}.npy" for row in rows]
+        files = [f"{frames.digests[row]}.npz" for row in rows]
         features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
         for place, file in enumerate(files if folder else []):
             try:
-                features[place] = np.load(folder / file)
-            except (OSError, EOFError, ValueError):  # not there yet, or damaged
+                features[place] = np.load(folder / file)["features"]
+            except Exception:  # not there yet, or damaged, which .npz files notice
                 pass
         missing = np.flatnonzero(np.isnan(features).any(axis=1))
         if len(missing):
             features[missing] = run_backbone(backbone, frames, rows[missing])
         if folder and len(missing):
-            save = {files[place]: partial(np.save, arr=features[place]) for place in missing}
+            save = {files[place]: partial(np.savez, features=features[place]) for place in missing}
             write_files(folder, save)
         bar.add(len(rows))
         yield features
@@ -791,6 +822,9 @@ def check_trained(predicted, counts):
     if problem:
         remedy = "try a lower LEARNING_RATE; earlier results are left as they were"
         raise InputError(f"the network did not learn: {problem}; {remedy}")
+    if predicted.std() < 0.01 * counts.std():
+        print(f"Hardly trained: counts of {predicted.min():.1f} to {predicted.max():.1f} in all",
+              "training pictures; more EPOCHS or a higher LEARNING_RATE.")
 
 
 # == Evaluation: metrics, figures, results ========
@@ -863,9 +897,9 @@ def draw_examples(validation, paths):
 
 
 def draw_figures(history, table, baseline, paths, title):
-    """The figures of a run, {name: figure}, or None where there is no validation. paths: of the
-    validation pictures."""
-    figures = {"loss": draw_loss(history, baseline), "predictions": None, "examples": None}
+    """The figures of a run, {name: figure}. paths: of the validation pictures, if there are
+    any."""
+    figures = {"loss": draw_loss(history, baseline)}
     validation = table[table["split"] == "validation"]
     if len(validation):
         figures["predictions"] = draw_predictions(validation, title)
@@ -884,21 +918,17 @@ def draw_counts(table):
     return figure
 
 
-def save_figures(folder, draw):
-    """Saves what draw() returns, {name: figure}, in the place of an earlier model's, and shows
-    it where there is a screen. What fails costs only the figures."""
+def save_figures(folder, files, draw):
+    """Saves what draw() returns, {name: figure}, in the place of the files of an earlier model,
+    and shows it where there is a screen. What fails costs only the figures."""
     try:
+        for file in files:
+            (folder / file).unlink(missing_ok=True)
         settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.compression": 1}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
-        figures = draw()
-        for name in figures:  # of an earlier model
-            if (folder / f"{name}.png").is_file():
-                (folder / f"{name}.png").unlink()
-                (folder / f"{name}.pdf").unlink(missing_ok=True)
-        for name, figure in figures.items():
-            if figure:
-                save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
-                write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
+        for name, figure in draw().items():
+            save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
+            write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
         if plt.get_backend().lower() != "agg":
             plt.show()
         plt.close("all")
@@ -950,7 +980,7 @@ def load_stages(model):
         inner = [encoder.get_layer(name) for name in ("backbone", "reduction")]
         return [*inner, *(loaded.get_layer(name) for name in ("temporal", "regression"))]
     except Exception as error:  # of many kinds
-        problem = f"not written by this script with Keras {keras.__version__}"
+        problem = f"damaged, or not written by this script with Keras {keras.__version__}"
         try:
             with zipfile.ZipFile(Path(model).expanduser()) as file:
                 problem += f" but with {json.loads(file.read('metadata.json'))['keras_version']}"
@@ -969,13 +999,16 @@ def list_sources(frames):
         sources = [path] if is_picture else list_pictures(path)
         if not path.exists():
             problem = "no such folder or picture"
+        elif not sources:
+            below = [str(other) for other in path.glob("*") if list_pictures(other)]
+            problem += f", but in {min(below)} there are" if below else ""
     else:
         sources = []
         for frame in frames:
             is_path = isinstance(frame, (str, Path))
             sources.append(Path(frame).expanduser() if is_path else np.asarray(frame))
     if not sources:
-        remedy = "of a video: ffmpeg -i VIDEO -vf fps=1 -q:v 2 FOLDER/%06d.jpg"
+        remedy = "to take some out of a video: ffmpeg -i VIDEO -vf fps=1 -q:v 2 FOLDER/%06d.jpg"
         raise InputError(f"{shorten(str(frames), 99)}: {problem}; {remedy}")
     return sources
 
@@ -1027,14 +1060,15 @@ def count_folder():
     """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
     started, outputs = time.time(), at(OUTPUTS)
     model = outputs / MODEL
-    if model.is_file():
-        prepare_folder(outputs, ["counts.csv"])
+    figures = ("counts.png", "counts.pdf")
+    if outputs.is_dir():
+        prepare_folder(outputs, "OUTPUTS", ("counts.csv", *figures))
     table = count_people(model, at(COUNT), at(CACHE) if CACHE_FEATURES else None)
     write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
     n_unfamiliar = table["unfamiliar"].sum()
     print(f"{table['count'].mean():.1f} people on average; {n_unfamiliar} of {len(table)} frames",
-          "look like no training frame" + (": doubt those." if n_unfamiliar else "."))
-    save_figures(outputs, lambda: {"counts": draw_counts(table)})
+          "look unlike all training frames" + (": doubt those." if n_unfamiliar else "."))
+    save_figures(outputs, figures, lambda: {"counts": draw_counts(table)})
     sweep(started)
 
 
@@ -1048,8 +1082,9 @@ def load_data():
     labels = labels.dropna()
     n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
     if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
-        problem = f"{n} labels, too few for {TRAIN_FRACTION = }"
-        raise InputError(f"{at(LABELS)}: {problem}; write the counts of more pictures into it")
+        problem = f"{TRAIN_FRACTION = } lets {n_train} train and {n - n_train} validate"
+        remedy = "change it, or write the counts of more pictures"
+        raise InputError(f"{at(LABELS)} has {n} labels: {problem}; {remedy}")
     found = list_pictures(at(FRAMES))
     rows = find_labelled(found, labels.index)
     times = find_times(found)
@@ -1101,9 +1136,9 @@ def main():
     n_train = int((table["split"] == "train").sum())
     cache = at(CACHE) if CACHE_FEATURES else None
     digests = check_pictures(paths, table, cache)
-    outputs = prepare_folder(at(OUTPUTS), RESULTS)
+    outputs = prepare_folder(at(OUTPUTS), "OUTPUTS", RESULTS + FIGURES)
     if cache:
-        prepare_folder(cache)
+        prepare_folder(cache, "CACHE")
     frames = Frames(paths, digests, FRAME_SIZE, np.unique(windows[:n_train]))
 
     # Stage 1, spatial: frozen ResNet50, PCA of the training pictures.
@@ -1139,7 +1174,8 @@ def main():
            "features": features.shape[1], "components": vectors.shape[1]}
     summary, baseline = save_results(outputs, network, history, table, run)
     shown = [paths[row] for row in windows[n_train:, -1]]
-    save_figures(outputs, lambda: draw_figures(history, table, baseline, shown, summary))
+    draw = partial(draw_figures, history, table, baseline, shown, summary)
+    save_figures(outputs, FIGURES, draw)
     sweep(started)
 
 

@@ -34,7 +34,7 @@ def test_counting_new_footage_matches_the_predictions(finished, constants, capsy
     ts.main()
     written = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")
     np.testing.assert_allclose(written["count"], counts["count"], atol=1e-3)
-    assert not written["unfamiliar"].any() and "0 of 20 frames look like" in capsys.readouterr().out
+    assert not written["unfamiliar"].any() and "0 of 20 frames look unlike" in capsys.readouterr().out
     assert {"counts.png", "counts.pdf"} <= {path.name for path in (finished / "outputs").iterdir()}
 
 
@@ -65,7 +65,7 @@ def test_frames_unlike_the_training_frames_are_marked(finished, constants, capsy
     marked = pd.read_csv(finished / "outputs" / "counts.csv", index_col="frame")["unfamiliar"]
     odd = marked.index.str.startswith("2-odd")
     assert marked[odd].all() and marked[~odd].mean() <= 0.5, marked.to_string()
-    assert f"{marked.sum()} of {len(marked)} frames look like no training frame" in capsys.readouterr().out
+    assert f"{marked.sum()} of {len(marked)} frames look unlike all training frames" in capsys.readouterr().out
 
 
 def test_the_figure_of_counts_shades_single_frames_too():
@@ -281,7 +281,7 @@ def test_a_cache_leaves_the_other_files_of_its_folder_alone(finished, monkeypatc
     monkeypatch.setenv("HOME", str(finished))
     folder = finished / "mine"
     folder.mkdir()
-    for name in ("cache_of_mine.npy", "notes.txt"):
+    for name in ("cache_of_mine.npz", "notes.txt"):
         (folder / name).write_bytes(b"mine")
     paths = [f"~/frames/frames/seq_{frame:06d}.jpg" for frame in (1, 2, 3)]
     network = "~/outputs/ts_crowdnet.keras"
@@ -291,7 +291,7 @@ def test_a_cache_leaves_the_other_files_of_its_folder_alone(finished, monkeypatc
         counts = ts.count_people(network, [*paths, "missing.jpg", np.zeros((48, 64, 3), "uint8")], cache="~/mine")
         assert counts["count"].isna().tolist() == [False] * 3 + [True, False]
     assert len(loaded) == 4, "the second time all are known"
-    assert [(folder / name).read_bytes() for name in ("cache_of_mine.npy", "notes.txt")] == [b"mine"] * 2
+    assert [(folder / name).read_bytes() for name in ("cache_of_mine.npz", "notes.txt")] == [b"mine"] * 2
 
 
 def test_two_cameras_of_equal_names_sizes_and_times_do_not_share_features(finished, loaded):

@@ -85,16 +85,16 @@ BOMB = Image.new("1", (20_000, 10_000))
 CASES = {  # name: (what to do to the video, constants, parts of the message)
     "no labels file": (remove("labels.csv"), {}, ["labels.csv", "No such file", "LABELS"]),
     "labels is a folder": (None, {"LABELS": "frames"}, ["frames", "Is a directory"]),
-    "empty labels": (labels(""), {}, ["labels.csv", "id,count"]),
-    "only a header": (labels("id,count\n"), {}, ["labels.csv", "0 labels", "too few"]),
-    "a sheet not filled in": (labels("id,count\n1,\n2,\n"), {}, ["labels.csv", "0 labels", "write the counts"]),
+    "empty labels": (labels(""), {}, ["labels.csv: it is empty", "id,count"]),
+    "only a header": (labels("id,count\n"), {}, ["labels.csv has 0 labels", "lets 0 train"]),
+    "a sheet not filled in": (labels("id,count\n1,\n2,\n"), {}, ["labels.csv has 0 labels", "write the counts"]),
     "not CSV": (labels(bytes(range(256)) * 20), {}, ["labels.csv", "id,count"]),
-    "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv", "first line", "id,count"]),
+    "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv: its first line has ['frame', 'people'], not id and count", "id,count"]),
     "a column twice": (labels("id,count,Count\n1,2,3\n"), {}, ["labels.csv", "first line", "id,count"]),
     "non-numeric count": (labels("id,count\n1,2\n2,many\n"), {}, ["row 3", "count", "'many'"]),
     "negative count": (labels("id,count\n1,2\n\n3,-4\n"), {}, ["row 4", "count", "'-4'"]),
     "count without an id": (labels("id,count\n1,2\n,3\n"), {}, ["row 3", "id", "no whole number"]),
-    "infinite count": (labels("id,count\n1,inf\n"), {}, ["row 2", "count 'inf' is no number from 0"]),
+    "infinite count": (labels("id,count\n1,inf\n"), {}, ["row 2", "count 'inf' is no number from 0 to 1,000,000"]),
     "absurd count": (labels("id,count\n1,1e300\n"), {}, ["row 2", "count"]),
     "duplicate id": (labels("id,count\n1,2\n2,3\n1,4\n"), {}, ["row 4", "id '1' is there twice"]),
     "fractional id": (labels("id,count\n1.5,2\n"), {}, ["row 2", "id '1.5' is no whole number from 0"]),
@@ -110,8 +110,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     ".mat with text for count": (mat(count="many"), MAT, ["mall_gt.mat", "'count' is no array of numbers"]),
     ".mat with cells for count": (mat(count=np.array([[1, 2], [3, 4, 5]], object)), MAT, ["mall_gt.mat", "'count' is no array of numbers"]),
     ".mat with a negative count": (mat(count=np.array([3, -2])), MAT, ["mall_gt.mat", "row 2"]),
-    "truncated .mat": (several(mat(count=np.arange(5000)), truncate("mall_gt.mat", 0.5)), MAT, ["mall_gt.mat", "set LABELS to"]),
-    "not MATLAB": (write("mall_gt.mat", b"id,count\n" * 99), MAT, ["mall_gt.mat", "set LABELS to"]),
+    "truncated .mat": (several(mat(count=np.arange(5000)), truncate("mall_gt.mat", 0.5)), MAT, ["mall_gt.mat", "correct it: a CSV whose first line is id,count"]),
+    "not MATLAB": (write("mall_gt.mat", b"id,count\n" * 99), MAT, ["mall_gt.mat", "correct it: a CSV whose first line is id,count"]),
     "no frames folder": (remove("frames"), {}, ["frames", "20 of 20", "no such folder; correct FRAMES"]),
     "empty frames folder": (several(remove("frames/frames"), write("frames/frames/readme", b"")), {}, ["20 of 20", "FRAMES"]),
     "missing frames": (
@@ -134,8 +134,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "16 bits": (picture(6, Image.fromarray(np.zeros((48, 64), "uint16")), format="PNG"), {}, ["seq_000006.jpg: ", "8 bits"]),
     "not a picture": (write("frames/frames/seq_000004.jpg", b"<html>404</html>"), {}, ["1 of 20", "seq_000004.jpg: no picture"]),
     "all frames cut off": (several(*(truncate(f"frames/frames/seq_{frame:06d}.jpg", 0.5) for frame in range(1, 21))), {}, ["20 of 20"]),
-    "ids one too low": (labels(numbered(f"{frame},3" for frame in range(20))), {}, ["frames", "1 of 20", "With 1 added, all are there"]),
-    "ids one too high": (labels(numbered(f"{frame},3" for frame in range(2, 22))), {}, ["1 of 20", "With -1 added, all are there"]),
+    "ids one too low": (labels(numbered(f"{frame},3" for frame in range(20))), {}, ["frames", "1 of 20", "With 1 added to each, all are there"]),
+    "ids one too high": (labels(numbered(f"{frame},3" for frame in range(2, 22))), {}, ["1 of 20", "With -1 added to each, all are there"]),
     "FRAMES one folder too high": (None, {"FRAMES": "frames"}, ["20 of 20", "they are in", "frames/frames: set FRAMES to it"]),
     "FRAMES one folder too low": (write("frames/frames/more/readme", b""), {"FRAMES": "frames/frames/more"}, ["20 of 20", "they are in", "frames/frames: set"]),
     "two frames with a number": (write("frames/frames/img7.png", b""), {}, ["img7.png and seq_000007.jpg", "one number"]),
@@ -145,34 +145,38 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
         ["id 20240101100059 names a picture that another id names"],
     ),
     "labels of the sample, other pictures": (sample_labels, {}, ["labels.csv", "labels of the sample", "LABELS"]),
-    "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv", "too few", "TRAIN_FRACTION"]),
-    "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["too few"]),
-    "one label, none to validate": (labels(numbered(["1,2"])), {"TRAIN_FRACTION": 1}, ["too few"]),
-    "a folder named like a picture": (several(remove("frames/frames/seq_000003.jpg"), write("frames/frames/seq_000003.jpg/x", b"")), {}, ["1 of 20", "add [3]"]),
+    "one frame": (labels(numbered(["1,2"])), {}, ["labels.csv has 1 labels: TRAIN_FRACTION = 0.8 lets 1 train and 0 validate"]),
+    "nothing left to validate": (labels(numbered(["1,2", "2,3"])), {"TRAIN_FRACTION": 0.9, "SEQUENCE_LENGTH": 1}, ["lets 2 train and 0 validate"]),
+    "one label, none to validate": (labels(numbered(["1,2"])), {"TRAIN_FRACTION": 1}, ["lets 1 train and 0 validate"]),
+    "a folder named like a picture": (several(remove("frames/frames/seq_000003.jpg"), write("frames/frames/seq_000003.jpg/x", b"")), {}, ["1 of 20", "add those of ids [3]"]),
     "a JPEG that ends in zeros": (zeros("frames/frames/seq_000003.jpg"), {}, ["seq_000003.jpg", "ends in zeros"]),
     "weight file missing": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "no such file"]),
     "weight file no HDF5": (write("resnet.h5", b"404 not found"), {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
-    "unknown layer": (None, {"FEATURE_LAYERS_RANDOM": {"conv9": (1, 1)}}, ["FEATURE_LAYERS_RANDOM", "conv9"]),
-    "no path": (None, {"LABELS": None}, ["None: make it a path"]),
-    "COUNT is no switch": (None, {"COUNT": True}, ["True: make it a path"]),
+    "unknown layer": (None, {"FEATURE_LAYERS_RANDOM": {"conv9": (1, 1)}}, ["FEATURE_LAYERS_RANDOM: no layer conv9 in ResNet50; take conv1_relu, conv2_block1_out"]),
+    "no path": (None, {"LABELS": None}, ["LABELS = None: make it a path, in quotes"]),
+    "COUNT is no switch": (None, {"COUNT": True}, ["COUNT = True: make it a path, in quotes, or None"]),
     "no precision": (None, {"PRECISION": "bf16"}, ["PRECISION = 'bf16'"]),
-    "outputs is a file": (write("taken", b""), {"OUTPUTS": "taken"}, ["taken"]),
-    "outputs below a file": (write("taken", b""), {"OUTPUTS": "taken/outputs"}, ["taken"]),
-    "the cache is a file": (write("taken", b""), {"CACHE": "taken"}, ["taken", "cannot be written"]),
+    "outputs is a file": (write("taken", b""), {"OUTPUTS": "taken"}, ["taken: cannot be written to (it is a file); set OUTPUTS to another folder"]),
+    "outputs below a file": (write("taken", b""), {"OUTPUTS": "taken/outputs"}, ["taken/outputs: cannot be written to (Not a directory); set OUTPUTS"]),
+    "the cache is a file": (write("taken", b""), {"CACHE": "taken"}, ["taken: cannot be written to (it is a file); set CACHE to another folder"]),
     "a folder in a result's place": (write("outputs/history.csv/x", b""), {}, ["outputs/history.csv", "move it away"]),
+    "a folder in a figure's place": (write("outputs/examples.png/x", b""), {}, ["outputs/examples.png", "move it away"]),
+    "grids too fine for memory": (None, {"FRAME_SIZE": (96, 128), "FEATURE_LAYERS_RANDOM": {"conv1_relu": (48, 64)}}, ["FEATURE_LAYERS_RANDOM: 393,216 features", "coarser"]),
+    "no training labels": (None, {"TRAIN_FRACTION": 0}, ["has 20 labels: TRAIN_FRACTION = 0 lets 0 train and 20 validate; change it"]),
+    "count a folder of folders": (None, {"COUNT": "frames"}, ["frames: no frames to count, but in", "frames/frames there are"]),
     "a diverged network": (None, {"LEARNING_RATE": 99}, ["did not learn", "earlier results are left"]),
     "a network that Adam killed": (None, {"LEARNING_RATE": 9.0, "OPTIMIZER": "adam"}, ["did not learn", "earlier results are left"]),
     "count without a model": (None, {"COUNT": "frames/frames", "OUTPUTS": "other"}, ["ts_crowdnet.keras", "train a model first"]),
     "count with a broken model": (None, {"COUNT": "frames/frames"}, ["ts_crowdnet.keras", "not written by this script"]),
 } | {
-    f"{name} = {value!r}": (None, {name: value}, [repr(value), "make it"] if name == "CACHE" else [f"{name} = ", repr(value)])
+    f"{name} = {value!r}": (None, {name: value}, [f"{name} = {value!r}: ", "make it"])
     for name, value in [
         ("TRAIN_FRACTION", 1.01), ("TRAIN_FRACTION", "most"), ("SEQUENCE_LENGTH", 1000), ("COMPONENTS", -1), ("CACHE", None),
         ("FEATURE_LAYERS", {}), ("FEATURE_LAYERS", {"conv1_relu": 3}), ("FEATURE_LAYERS_RANDOM", {"conv1_relu": (0, 1)}),
         ("FEATURE_LAYERS_RANDOM", {"conv1_relu": (1, 2, 3)}), ("FEATURE_LAYERS", ["conv1_relu"]), ("FEATURE_LAYERS", {"conv1_relu": (1.5, 2)}), ("SEQUENCE_LENGTH", 0), ("SEQUENCE_LENGTH", 2.5), ("EPOCHS", -1),
         ("EPOCHS", "many"), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0), ("FRAME_SIZE", (16, 64)), ("FRAME_SIZE", 224), ("FRAME_SIZE", (224, 224, 3)), ("FRAME_SIZE", (300.0, 400.0)), ("FRAME_SIZE", ("300", "400")),
         ("LEARNING_RATE", float("nan")), ("LEARNING_RATE", 1e38), ("LSTM_DROPOUT", -1), ("LSTM_DROPOUT", 1.0), ("PROJECTION", -1), ("DENSE_UNITS", 0), ("OPTIMIZER", "sdg"), ("OPTIMIZER", {"class_name": "sgd", "config": {"momentun": 1}}),
-        ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LSTM_UNITS", 0),
+        ("SEED", -1), ("SEED", 1.5), ("SEED", 2**32), ("TOLERANCE", -0.1), ("LEARNING_RATE", True), ("LEARNING_RATE", 0), ("CACHE_FEATURES", "no"), ("FEATURE_SPREAD", 1), ("OUTPUTS", ""), ("WEIGHTS", 5), ("LSTM_UNITS", 0),
         ("AUGMENT", 25), ("TOLERANCE", 20), ("TRAIN_FRACTION", 80),
         ("AUGMENT", -1), ("AUGMENT", 2), ("LEARNING_RATE", "low"), ("LEARNING_RATE", -0.03), ("FORGET_BIAS", None), ("FORGET_BIAS", "low"), ("SEQUENCE_LENGTH", (5, 5)), ("PRECISION", "bfloat16"), ("OPTIMIZER", None), ("UNFAMILIAR", "1.05"),
     ]  # fmt: skip
@@ -204,7 +208,7 @@ def test_a_full_disk_is_one_line(constants, monkeypatch):
     def full(*_, **__):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(ts.np, "save", full)
+    monkeypatch.setattr(ts.np, "savez", full)
     with pytest.raises(SystemExit, match="feature_cache.*cannot be written.*No space left on device"):
         ts.run_as_script()
 

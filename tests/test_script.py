@@ -31,7 +31,7 @@ def test_a_user_runs_the_script(beside):
     assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
     outputs = folder / "outputs"
     assert {path.name for path in outputs.iterdir()} == RESULTS
-    assert len(list((folder / "feature_cache").rglob("*.npy"))) == 20 + 4, "a file for each picture and copy"
+    assert len(list((folder / "feature_cache").rglob("*.npz"))) == 20 + 4, "a file for each picture and copy"
     lines = done.stdout.splitlines()
     assert lines[0].startswith("20 pictures, 20 labels: the first 16 train, the last 4 validate; 20 pictures read.")
     assert lines[1] == "20 windows, 16 of them whole." and "CPU" in lines[2] and f"{folder / 'feature_cache'} (" in lines[3]
@@ -146,7 +146,7 @@ SHARED = {  # what changes: (constants, how many pictures and copies are read fo
 @pytest.mark.parametrize("case", SHARED)
 def test_experiments_share_the_features_of_pictures(case, finished, run, computed, monkeypatch):
     changes, expected = SHARED[case]
-    before = {path: path.read_bytes() for path in (finished / "feature_cache").rglob("*.npy")}
+    before = {path: path.read_bytes() for path in (finished / "feature_cache").rglob("*.npz")}
     run(**changes)
     assert len(computed) - 2 == expected, "but for 2 that calibrate random weights"
     assert all(path.read_bytes() == content for path, content in before.items()), "nothing is deleted"
@@ -175,22 +175,22 @@ def test_features_belong_to_a_pictures_content(finished, run, computed):
     assert computed[2:] == [18]
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "another shape", "not a number"])
+@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "zeros", "another shape", "not a number"])
 def test_damaged_features_are_made_anew(finished, run, damage, computed):
     _, expected = results(finished / "outputs")
-    path = sorted((finished / "feature_cache").rglob("*.npy"))[7]
+    path = sorted((finished / "feature_cache").rglob("*.npz"))[7]
     whole = path.read_bytes()
-    features = np.load(path)
-    damaged = {"cut": whole[:200], "empty": b"", "random": os.urandom(500)}
+    features = np.load(path)["features"]
+    damaged = {"cut": whole[:200], "empty": b"", "random": os.urandom(500), "zeros": whole[:500] + bytes(300) + whole[800:]}
     if damage == "missing":
         path.unlink()
     elif damage in damaged:
         path.write_bytes(damaged[damage])
     else:
-        np.save(path, features[:5] if damage == "another shape" else features * np.nan)
+        np.savez(path, features=features[:5] if damage == "another shape" else features * np.nan)
     _, table = run()
     assert table["predicted"].equals(expected["predicted"]) and len(computed) == 3
-    np.testing.assert_allclose(np.load(path), features, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.load(path)["features"], features, rtol=1e-4, atol=1e-5)
 
 
 def test_the_cache_needs_no_memory_maps(finished, run, computed, monkeypatch):
@@ -304,7 +304,7 @@ def test_where_a_result_cannot_be_replaced_all_stay(finished, constants, monkeyp
 def test_what_a_killed_run_was_writing_is_gone_after_the_next(finished, run):
     for folder in (f"outputs/{ts.NEW}abc/old", f"feature_cache/0123/{ts.NEW}def"):
         (finished / folder).mkdir(parents=True)
-        (finished / folder / "x.npy").write_bytes(b"half")
+        (finished / folder / "x.npz").write_bytes(b"half")
     time.sleep(0.05)
     (finished / "outputs" / ".new-of-others").mkdir()
     run(EPOCHS=1)
@@ -384,16 +384,22 @@ def test_figures_are_shown_where_there_is_a_screen_when_they_are_saved(tmp_path,
     seen = []
     monkeypatch.setattr(ts.plt, "show", lambda: seen.append({path.name for path in tmp_path.iterdir()}))
     ts.plt.switch_backend(backend)
-    ts.save_figures(tmp_path, lambda: {"one": ts.plt.figure()})
+    ts.save_figures(tmp_path, (), lambda: {"one": ts.plt.figure()})
     ts.plt.switch_backend("agg")
     assert seen == [{"one.png", "one.pdf"}] * shown
 
 
-def test_a_folder_in_the_place_of_a_figure_is_one_warning(tmp_path, capsys):
-    (tmp_path / "one.png").mkdir()
-    ts.save_figures(tmp_path, lambda: {"one": ts.plt.figure()})
+def test_figures_that_cannot_be_saved_are_one_warning_and_none_of_an_earlier_model_stays(tmp_path, monkeypatch, capsys):
+    ts.save_figures(tmp_path, ("one.png", "one.pdf"), lambda: {"one": ts.plt.figure()})
+    assert {path.name for path in tmp_path.iterdir()} == {"one.png", "one.pdf"}
+
+    def refuse(*_):
+        raise PermissionError(13, os.strerror(13))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    ts.save_figures(tmp_path, ("one.png", "one.pdf"), lambda: {"one": ts.plt.figure()})
     warning = capsys.readouterr().err
-    assert "one.png" in warning and warning.count("\n") == 1
+    assert "one.png" in warning and warning.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_settings_reach_the_report_as_they_were_written(finished, run):
