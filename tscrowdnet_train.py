@@ -7,12 +7,13 @@ Reads    labels.csv                        id,count: the people in some of the p
          frames/frames/seq_000001.jpg ...  the pictures of one fixed camera
 Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in, counts out
          outputs/metrics.json, predictions.csv, history.csv; figures as .png and .pdf
+         outputs/counts.csv                with COUNT: the count of each new picture; a figure
          feature_cache/                    what ResNet50 made of each picture
 
 A label makes a window: the T = SEQUENCE_LENGTH pictures that end at the labelled one. The N
 windows show P pictures; the first n_train windows train, and C of their pictures have a
-jittered copy. H x W = FRAME_SIZE, F features of a picture, K <= COMPONENTS numbers in its
-feature vector:
+jittered copy. H x W = FRAME_SIZE, F features of a picture, K numbers in its feature vector:
+COMPONENTS at most, or F without PCA.
 
     windows of frames (N, T, H, W, 3) uint8
     1. spatial     TimeDistributed(ResNet50 -> F features -> PCA) -> feature vectors (N, T, K)
@@ -59,6 +60,7 @@ try:
     import numpy as np
     import pandas as pd
     import scipy.io
+    import scipy.stats
     import seaborn as sns
     import tensorflow as tf
     from keras import layers, ops
@@ -78,7 +80,7 @@ ROOT = Path(__file__).resolve().parent
 LABELS = "labels.csv"  # a CSV with columns id,count, or the official "mall_gt.mat"
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, ...: one fixed camera
 OUTPUTS = "outputs"  # a folder for each experiment
-SEQUENCE_LENGTH = 5  # pictures in a window; 1 costs 0.01 people on Mall, 0.1 with 40 labels
+SEQUENCE_LENGTH = 5  # pictures in a window; 1 adds 0.01 to Mall's MAE, 0.1 with 40 labels
 FRAME_SIZE = (300, 400)  # (height, width) fed to ResNet50; larger if people are small
 TRAIN_FRACTION = 0.8  # first part of the labels; 0.4: Mall's canonical split; 1: all, unvalidated
 
@@ -99,7 +101,7 @@ PRECISION = "auto"  # or "float32", "mixed_bfloat16", which is faster on process
 FRAME_BATCH = 8  # pictures ResNet50 reads at once; fewer if memory runs out
 
 # -- Temporal stage: projection and LSTM
-PROJECTION = 32  # numbers of each feature vector that the LSTM sees; 0: all
+PROJECTION = 32  # a Dense shortens each feature vector to so many numbers; 0: none does
 LSTM_UNITS = 64  # more for longer windows
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training
 FORGET_BIAS = -2.0  # higher: earlier pictures weigh more from the start (Keras: 1)
@@ -117,7 +119,7 @@ SEED = 0  # publish mean and standard deviation over several
 # -- Evaluation and use
 TOLERANCE = 0.20  # counts within this share of the truth are accurate
 COUNT = None  # a folder of new pictures to count with the model in OUTPUTS, not to train
-UNFAMILIAR = 1.05  # mark pictures whose features lie this x farther out than any trained on
+UNFAMILIAR = 1.05  # mark pictures this x farther from the training mean than any trained on
 
 IMAGENET_FILE = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
 IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
@@ -137,6 +139,35 @@ class InputError(ValueError):
 def at(path):
     """A path from the constants, relative to this script's folder unless absolute."""
     return ROOT / Path(path).expanduser()
+
+
+def is_pair(value):
+    """Whether value is two ints from 1."""
+    return (isinstance(value, (tuple, list)) and len(value) == 2
+            and all(type(number) is int and number >= 1 for number in value))
+
+
+def describe_device():
+    """What Keras computes on, and whether it has units for bfloat16: ("CPU", False)."""
+    device = str(ops.zeros(1).device).upper()
+    if "GPU" in device or "CUDA" in device:
+        gpus = tf.config.list_physical_devices("GPU")
+        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        name = f"GPU:0 {details.get('device_name', '')}".strip()
+        return name, details.get("compute_capability", (0, 0)) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        flags = ""
+    return "CPU", bool(re.search("avx512_bf16|amx_bf16", flags))
+
+
+def choose_precision():
+    """PRECISION; if "auto", bfloat16 where the device has units for it: twice the speed."""
+    if PRECISION != "auto":
+        return PRECISION
+    _, has_bfloat16 = describe_device()
+    return "mixed_bfloat16" if has_bfloat16 else "float32"
 
 
 def check_constants():
@@ -182,39 +213,10 @@ def check_constants():
         raise InputError(f"{OPTIMIZER = }: {remedy} ({shorten(str(error), 150)})") from error
 
 
-def is_pair(value):
-    """Whether value is two ints from 1."""
-    return (isinstance(value, (tuple, list)) and len(value) == 2
-            and all(type(number) is int and number >= 1 for number in value))
-
-
-def describe_device():
-    """What Keras computes on, and whether it has units for bfloat16: ("CPU", False)."""
-    device = str(ops.zeros(1).device).upper()
-    if "GPU" in device or "CUDA" in device:
-        gpus = tf.config.list_physical_devices("GPU")
-        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
-        name = f"GPU:0 {details.get('device_name', '')}".strip()
-        return name, details.get("compute_capability", (0, 0)) >= (8, 0)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        flags = ""
-    return "CPU", bool(re.search("avx512_bf16|amx_bf16", flags))
-
-
-def choose_precision():
-    """PRECISION; if "auto", bfloat16 where the device has units for it: twice the speed."""
-    if PRECISION != "auto":
-        return PRECISION
-    _, has_bfloat16 = describe_device()
-    return "mixed_bfloat16" if has_bfloat16 else "float32"
-
-
 # == Files: whole or absent ========
 def write_files(folder, writers):
-    """Writes files {name: write(path)} elsewhere, then moves them into folder: all of them,
-    or none. Raises InputError where one cannot be replaced."""
+    """Writes files {name: write(path)} elsewhere, then moves them into folder: all of them, or
+    none unless killed between two moves. Raises InputError where one cannot be written."""
     with tempfile.TemporaryDirectory(prefix=NEW, dir=folder) as new:
         new, old = Path(new), Path(new, "old")
         old.mkdir()
@@ -306,14 +308,14 @@ def read_labels(path):
             value = table[column].fillna("")[row]
             raise InputError(f"{path}, row {row}: {column} {value!r} {problem}; correct it")
 
-    ids = pd.to_numeric(table["id"], errors="coerce")
-    counts = pd.to_numeric(table["count"], errors="coerce").astype(float)
-    refuse(~(ids.ge(0) & ids.lt(2.0**63) & ids.mod(1).eq(0)), "id", "is no whole number from 0")
-    ids = ids.astype("int64")
+    is_id = table["id"].fillna("").str.fullmatch(r"\s*\d+(\.0*)?\s*")
+    refuse(~is_id, "id", "is no whole number from 0")
+    ids = table["id"].map(lambda text: int(text.split(".")[0]))  # exact, however many digits
     refuse(ids.duplicated(), "id", "is there twice")
+    counts = pd.to_numeric(table["count"], errors="coerce").astype(float)
     is_count = table["count"].isna() | counts.between(0, 10**6)
     refuse(~is_count, "count", "is no number from 0 to 1,000,000")
-    return pd.Series(counts.to_numpy(), index=ids.to_numpy()).sort_index()
+    return pd.Series(counts.to_numpy(), index=ids.tolist()).sort_index()
 
 
 def list_pictures(folder):
@@ -348,37 +350,13 @@ def read_numbers(source):
 
 def find_times(sources):
     """When each picture was taken, as numbers in the unit of its name: seconds where all names
-    end with a date and clock, else their last numbers. Where a name has none, or two have the
-    same, the order given: 0, 1, 2, ..."""
+    end with a date and clock, else, or where two have the same, their last numbers. Where a
+    name has none, or two have the same again, the order given: 0, 1, 2, ..."""
     numbers, _, seconds = zip(*map(read_numbers, sources))
     for times in (seconds, numbers):
         if None not in times and len(set(times)) == len(times):
             return list(times)
     return list(range(len(sources)))
-
-
-def find_labelled(paths, ids):
-    """The rows of paths, a picture each, that ids name by their last number, or by all digits
-    of a date and clock. Raises InputError."""
-    rows = {}
-    for row, path in enumerate(paths):
-        number, stamp, _ = read_numbers(path)
-        for name in {number, stamp} - {None}:
-            rows.setdefault(name, []).append(row)
-    missing = [frame for frame in ids.tolist() if frame not in rows]
-    if missing:
-        problem = f"{len(missing)} of {len(ids)} labelled pictures missing"
-        remedy = f"add those of ids {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
-        raise InputError(f"{at(FRAMES)}: {problem}; {find_remedy(ids, rows) or remedy}")
-    for frame in ids.tolist():
-        if len(rows[frame]) > 1:
-            first, second = (paths[row] for row in rows[frame][:2])
-            raise InputError(f"{first} and {second.name} have one number; move one away")
-    found = pd.Series([rows[frame][0] for frame in ids.tolist()], index=ids)
-    if found.duplicated().any():
-        frame = found.index[found.duplicated()][0]
-        raise InputError(f"{at(LABELS)}: id {frame} names a picture that another id names, too")
-    return found.to_numpy()
 
 
 def find_remedy(ids, rows):
@@ -397,6 +375,31 @@ def find_remedy(ids, rows):
     if shift and len(ids) > 1 and {number + shift for number in ids} <= rows.keys():
         return f"do the ids start at another number? With {shift} added to each, all are there"
     return None
+
+
+def find_labelled(paths, ids):
+    """The rows of paths, a picture each, that ids name by their last number, or by all digits
+    of a date and clock. Raises InputError."""
+    rows = {}
+    for row, path in enumerate(paths):
+        number, stamp, _ = read_numbers(path)
+        for name in {number, stamp} - {None}:
+            rows.setdefault(name, []).append(row)
+    missing = [frame for frame in ids.tolist() if frame not in rows]
+    if missing:
+        problem = f"{len(missing)} of {len(ids)} labelled pictures missing"
+        remedy = f"add those of ids {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
+        raise InputError(f"{at(FRAMES)}: {problem}; {find_remedy(ids, rows) or remedy}")
+    for frame in ids.tolist():
+        if len(rows[frame]) > 1:
+            first, second = (paths[row] for row in rows[frame][:2])
+            remedy = "move one away, or take dates and clocks as ids"
+            raise InputError(f"{first} and {second.name} have one number; {remedy}")
+    found = pd.Series([rows[frame][0] for frame in ids.tolist()], index=ids)
+    if found.duplicated().any():
+        frame = found.index[found.duplicated()][0]
+        raise InputError(f"{at(LABELS)}: id {frame} names a picture that another id names, too")
+    return found.to_numpy()
 
 
 def make_windows(times, length):
@@ -419,7 +422,7 @@ def read_image(source):
     """A picture, upright, RGB. source: a path, or a uint8 array (H, W, 3). Raises InputError."""
     try:
         if isinstance(source, np.ndarray):
-            if source.ndim != 3:
+            if source.ndim != 3 or source.shape[2] not in (3, 4) or not source.size:
                 raise ValueError(f"{source.shape}, not (H, W, 3)")
             image = Image.fromarray(source)
         else:
@@ -439,7 +442,7 @@ def read_image(source):
 def digest_pictures(sources, cache=None):
     """(digests, problem): the MD5 of each picture's content, None where it cannot be read, and
     a line about those. What has features in the folder cache was read before."""
-    known = {path.stem for path in cache.glob("*/*.npz")} if cache else ()
+    kept = [folder for folder in cache.glob("[!.]*") if folder.is_dir()] if cache else []
 
     def digest(source):
         if isinstance(source, np.ndarray):
@@ -451,7 +454,7 @@ def digest_pictures(sources, cache=None):
     def try_picture(source):
         try:
             found = digest(source)
-            if found not in known:
+            if not any((folder / f"{found}.npz").exists() for folder in kept):
                 read_image(source)
             return found, None
         except (InputError, OSError) as error:
@@ -505,9 +508,9 @@ class Frames:
 
     def __getitem__(self, rows):
         rows = np.asarray(rows)
-        shown, places = np.unique(rows, return_inverse=True)
+        distinct, places = np.unique(rows, return_inverse=True)
         with ThreadPoolExecutor() as pool:
-            images = np.stack(list(pool.map(self.load, shown)))
+            images = np.stack(list(pool.map(self.load, distinct)))
         return images[places.reshape(rows.shape)]
 
     def load(self, row):
@@ -677,15 +680,25 @@ def build_backbone(frames):
     return backbone, weights
 
 
+def prepare_cache():
+    """The folder CACHE, ready to be written to; None if no features are kept. Raises
+    InputError."""
+    if not CACHE_FEATURES:
+        return None
+    folder = prepare_folder(at(CACHE), "CACHE")
+    size = sum(path.stat().st_size for path in folder.glob("[!.]*/*.npz"))
+    print(f"Features are kept in {folder} ({size / 1e6:,.0f} MB so far).")
+    return folder
+
+
 def open_cache(backbone, folder):
-    """The folder below folder for the features that this very network computes."""
-    jitter_version = 1  # to be raised when jitter() changes
-    versions = (jitter_version, keras.__version__, keras.backend.backend(), Image.__version__)
+    """The folder below folder for the features that this very network computes. Raises
+    InputError."""
+    pixels_version = 1  # to be raised when read_image(), Frames.load() or jitter() changes
+    versions = (pixels_version, keras.__version__, keras.backend.backend(), Image.__version__)
     key = hashlib.md5(f"{versions} {backbone.to_json()}".encode())
     for weights in backbone.get_weights():
         key.update(weights.tobytes())
-    size = sum(path.stat().st_size for path in folder.rglob("*.npz"))
-    print(f"Features are kept in {folder} ({size / 1e6:,.0f} MB so far).")
     return prepare_folder(folder / key.hexdigest(), "CACHE")
 
 
@@ -700,7 +713,7 @@ def run_backbone(backbone, frames, rows):
 def extract_features(backbone, frames, cache=None):
     """Yields the features (n, F) of all rows of frames, some rows at a time: from the folder
     cache, where each picture has a file named by its content, or from ResNet50, which then
-    fills it. Raises InputError for a picture that cannot be read."""
+    fills it. Raises InputError for a picture that cannot be read, or a file not written."""
     folder = open_cache(backbone, cache) if cache else None
     bar = keras.utils.Progbar(len(frames), unit_name="picture", verbose=len(frames) > 64)
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
@@ -709,7 +722,8 @@ def extract_features(backbone, frames, cache=None):
         features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
         for place, file in enumerate(files if folder else []):
             try:
-                features[place] = np.load(folder / file)["features"]
+                with np.load(folder / file) as kept:
+                    features[place] = kept["features"]
             except Exception:  # not there yet, or damaged, which .npz files notice
                 pass
         missing = np.flatnonzero(np.isnan(features).any(axis=1))
@@ -818,7 +832,7 @@ def check_trained(predicted, counts):
     elif np.mean((predicted - counts) ** 2) > 2 * variance:
         problem = "it is far worse than the mean count"
     elif predicted.std() < 1e-5 * counts.std():
-        problem = f"it counts {predicted.mean():.1f} in every picture"
+        problem = f"it counts {predicted.mean():.1f} in every picture (are they all alike?)"
     if problem:
         remedy = "try a lower LEARNING_RATE; earlier results are left as they were"
         raise InputError(f"the network did not learn: {problem}; {remedy}")
@@ -836,7 +850,7 @@ def measure(true, predicted):
     mse = np.mean(error**2)
     metrics = {"mae": error.mean(), "mse": mse, "rmse": mse**0.5, "accuracy": accurate.mean()}
     if 1 < len(error) < 100:
-        metrics["mae_standard_error"] = np.std(error, ddof=1) / len(error) ** 0.5
+        metrics["mae_standard_error"] = scipy.stats.sem(error)
     return metrics
 
 
@@ -864,7 +878,7 @@ def draw_loss(history, baseline):
 def draw_predictions(validation, title):
     """True and predicted counts, against each other and over time."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2))
-    counts = validation.set_index("id")[["true", "predicted"]]
+    counts = validation[["true", "predicted"]].reset_index(drop=True)
     ends = np.array([counts.min().min() - 1, counts.max().max() + 1])
     low, high = (1 - TOLERANCE) * ends, (1 + TOLERANCE) * ends
     left.fill_between(ends, low, high, color="0.9", label=f"within {TOLERANCE:.0%}")
@@ -874,7 +888,7 @@ def draw_predictions(validation, title):
     left.legend()
     marker = "o" if len(counts) < 50 else None
     sns.lineplot(counts, linewidth=1, marker=marker, ax=right)
-    right.set(xlabel="Picture", ylabel="People")
+    right.set(xlabel="Validation picture, in order of time", ylabel="People")
     figure.suptitle(title)
     return figure
 
@@ -890,8 +904,8 @@ def draw_examples(validation, paths):
         axis.axis("off")
     for axis, row in zip(axes.flat, order[places]):
         axis.imshow(read_image(paths[row]))
-        shown = validation.iloc[row]
-        axis.set_title(f"{shown.id}: true {shown.true:g}, predicted {shown.predicted:.1f}")
+        label = validation.iloc[row]
+        axis.set_title(f"{label.id}: true {label.true:g}, predicted {label.predicted:.1f}")
     figure.suptitle("Validation pictures, from the smallest to the largest error")
     return figure
 
@@ -1009,7 +1023,7 @@ def list_sources(frames):
             sources.append(Path(frame).expanduser() if is_path else np.asarray(frame))
     if not sources:
         remedy = "to take some out of a video: ffmpeg -i VIDEO -vf fps=1 -q:v 2 FOLDER/%06d.jpg"
-        raise InputError(f"{shorten(str(frames), 99)}: {problem}; {remedy}")
+        raise InputError(f"{frames}: {problem}; {remedy}")
     return sources
 
 
@@ -1028,15 +1042,16 @@ def count_people(model, frames, cache=None):
     digests, problem = digest_pictures(sources, cache)
     readable = [row for row, digest in enumerate(digests) if digest]
     if not readable:
-        raise InputError(f"{shorten(str(frames), 99)}: no frames to count ({problem})")
+        where = f"{frames}: " if isinstance(frames, (str, Path)) else ""
+        raise InputError(f"{where}no frames to count ({problem})")
     if len(readable) < len(sources):
         print(f"{problem}; their counts stay empty.")
 
-    shown = [sources[row] for row in readable]
-    images = Frames(shown, [digests[row] for row in readable], backbone.input_shape[1:3])
+    size = backbone.input_shape[1:3]
+    read = Frames([sources[row] for row in readable], [digests[row] for row in readable], size)
     standardise, reduce = reduction.layers
     lengths, vectors = [], []
-    for features in extract_features(backbone, images, cache):
+    for features in extract_features(backbone, read, cache):
         standardised = standardise(features)
         lengths.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
         vectors.append(ops.convert_to_numpy(reduce(standardised)))
@@ -1063,8 +1078,9 @@ def count_folder():
     figures = ("counts.png", "counts.pdf")
     if outputs.is_dir():
         prepare_folder(outputs, "OUTPUTS", ("counts.csv", *figures))
-    table = count_people(model, at(COUNT), at(CACHE) if CACHE_FEATURES else None)
-    write_files(outputs, {"counts.csv": lambda path: table.to_csv(path, float_format="%.3f")})
+    table = count_people(model, at(COUNT), prepare_cache())
+    save_counts = partial(table.to_csv, float_format="%.3f", errors="surrogateescape")
+    write_files(outputs, {"counts.csv": save_counts})
     n_unfamiliar = table["unfamiliar"].sum()
     print(f"{table['count'].mean():.1f} people on average; {n_unfamiliar} of {len(table)} frames",
           "look unlike all training frames" + (": doubt those." if n_unfamiliar else "."))
@@ -1134,11 +1150,9 @@ def main():
     table, paths, windows = load_data()
     counts = table["true"].to_numpy(float)
     n_train = int((table["split"] == "train").sum())
-    cache = at(CACHE) if CACHE_FEATURES else None
-    digests = check_pictures(paths, table, cache)
     outputs = prepare_folder(at(OUTPUTS), "OUTPUTS", RESULTS + FIGURES)
-    if cache:
-        prepare_folder(cache, "CACHE")
+    cache = prepare_cache()
+    digests = check_pictures(paths, table, cache)
     frames = Frames(paths, digests, FRAME_SIZE, np.unique(windows[:n_train]))
 
     # Stage 1, spatial: frozen ResNet50, PCA of the training pictures.
@@ -1173,8 +1187,8 @@ def main():
     run = {"weights": weights, "precision": choose_precision(), "device": describe_device()[0],
            "features": features.shape[1], "components": vectors.shape[1]}
     summary, baseline = save_results(outputs, network, history, table, run)
-    shown = [paths[row] for row in windows[n_train:, -1]]
-    draw = partial(draw_figures, history, table, baseline, shown, summary)
+    validated = [paths[row] for row in windows[n_train:, -1]]
+    draw = partial(draw_figures, history, table, baseline, validated, summary)
     save_figures(outputs, FIGURES, draw)
     sweep(started)
 

@@ -191,7 +191,8 @@ def test_frames_come_as_files_or_arrays(finished, form):
 
 def test_arrays_that_are_no_pictures_are_refused(finished):
     model = finished / "outputs" / "ts_crowdnet.keras"
-    for array in (np.zeros((2, 48, 64, 3)), np.zeros((48, 64, 3), "uint8"), np.zeros((2, 48, 64), "uint8")):
+    shapes = (48, 64, 3), (2, 48, 64), (2, 48, 64, 2), (2, 0, 64, 3)
+    for array in (np.zeros((2, 48, 64, 3)), *(np.zeros(shape, "uint8") for shape in shapes)):
         with pytest.raises(ts.InputError, match=r"no frames to count.*array: .*(not \(H, W, 3\)|data type)"):
             ts.count_people(model, array)
 
@@ -239,6 +240,28 @@ def loaded(monkeypatch):
 
     monkeypatch.setattr(ts.Frames, "load", note)
     return names
+
+
+def test_names_of_any_bytes_are_counted(finished, constants):
+    """As Linux has them: not all are text."""
+    odd = os.fsencode(finished / "frames" / "frames") + b"/caf\xe9_000021.jpg"
+    try:
+        shutil.copy(finished / "frames" / "frames" / "seq_000001.jpg", odd)
+    except (OSError, UnicodeError) as error:
+        pytest.skip(f"no such names here: {error}")
+    constants(COUNT="frames/frames")
+    ts.main()
+    assert b"caf\xe9_000021.jpg," in (finished / "outputs" / "counts.csv").read_bytes()
+
+
+def test_a_path_is_named_however_long(finished):
+    folder = finished / ("a" * 120)
+    with pytest.raises(ts.InputError, match=f"{folder}: no such folder"):
+        ts.count_people(finished / "outputs" / "ts_crowdnet.keras", folder)
+    folder.mkdir()
+    (folder / "1.jpg").write_bytes(b"")
+    with pytest.raises(ts.InputError, match=f"{folder}: no frames to count"):
+        ts.count_people(finished / "outputs" / "ts_crowdnet.keras", folder)
 
 
 def test_a_count_that_was_cut_short_goes_on_where_it_was(finished, constants, monkeypatch, loaded):
@@ -332,14 +355,6 @@ def label(frames):
     def prepare(folder):
         labels = pd.read_csv(folder / "labels.csv")
         labels.assign(count=labels["count"].where(labels["id"].isin(frames))).to_csv(folder / "labels.csv", index=False)
-
-    return prepare
-
-
-def rename(pattern):
-    def prepare(folder):
-        for path in (folder / "frames" / "frames").iterdir():
-            path.rename(path.with_name(pattern.format(int(path.stem[4:]) % 60, int(path.stem[4:]) // 60)))
 
     return prepare
 

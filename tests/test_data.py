@@ -157,6 +157,16 @@ def test_a_sheet_may_be_filled_in_here_and_there(tmp_path):
     assert labels.to_dict() == {1700000001: 38.006, 1700000003: 0, 1700000000000000001: 7}
 
 
+def test_ids_are_exact_however_many_digits_they_have(tmp_path):
+    """Dates and clocks with milli- and microseconds; a table calculator's .0 beside them."""
+    ids = [20240101100059123, 20240101100000000000, 2]
+    path = tmp_path / "labels.csv"
+    path.write_text(f"id,count\n{ids[0]},5\n{ids[1]},6\n 2.0 ,7\n")
+    assert ts.read_labels(path).to_dict() == dict(zip(ids, (5, 6, 7)))
+    names = ("cam_20240101_100059123.jpg", "cam_20240101_100000_000000.jpg", "2.jpg")
+    assert ts.find_labelled([tmp_path / name for name in names], pd.Index(ids)).tolist() == [0, 1, 2]
+
+
 def test_mat_labels(tmp_path):
     path = tmp_path / "mall_gt.mat"
     heads = np.empty((1, 3), object)

@@ -236,6 +236,41 @@ def test_small_sets_take_at_least_four_steps_an_epoch(constants, monkeypatch, ba
         ts.main()
 
 
+def test_training_is_as_the_readme_says(run, video, monkeypatch):
+    """A rate that falls to 0 along a half cosine, another order in each epoch, a loss in variances of the training counts."""
+    seen, fit = [], keras.Model.fit
+
+    def watch(model, training, **options):
+        class Rate(keras.callbacks.Callback):
+            def on_epoch_end(self, epoch, logs=None):
+                seen.append((float(model.optimizer.learning_rate), training.order.tolist()))
+
+        return fit(model, training, callbacks=[Rate()], **options)
+
+    monkeypatch.setattr(keras.Model, "fit", watch)
+    _, table = run(EPOCHS=4, LEARNING_RATE=0.1)
+    rates, orders = zip(*seen)
+    np.testing.assert_allclose(rates, [0.1 * (1 + np.cos(np.pi * share)) / 2 for share in (0.25, 0.5, 0.75, 1)], atol=1e-6)
+    assert len(set(map(tuple, orders))) == 4 and all(sorted(order) == list(range(16)) for order in orders)
+    history = pd.read_csv(video / "outputs" / "history.csv")
+    np.testing.assert_allclose(history["loss"], history["mse"] / table["true"][:16].var(ddof=0), rtol=1e-4)
+
+
+def test_no_unit_of_the_dense_layer_can_die(constants):
+    """Whatever drives it below 0, it still passes on a change."""
+    dense = ts.build_regression(np.arange(5.0)).get_layer("dense")
+    dense.set_weights([np.ones((ts.LSTM_UNITS, ts.DENSE_UNITS)), np.full(ts.DENSE_UNITS, -2.0)])
+    low, high = (np.asarray(dense(np.full((1, ts.LSTM_UNITS), value / ts.LSTM_UNITS))) for value in (0, 0.5))
+    assert (low != high).all()
+
+
+def test_a_network_that_has_hardly_trained_says_so(run, capsys):
+    run(EPOCHS=1)
+    assert "Hardly trained: counts of" in capsys.readouterr().out
+    ts.check_trained(np.array([5.0, 5.2]), np.array([3.0, 8.0]))
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("optimizer", ["default", "adam"])
 def test_training_on_windows_of_frames_gives_the_same_predictions(run, monkeypatch, optimizer):
     """CACHE_FEATURES = False: frames and copies pass TimeDistributed ResNet50 at every step."""
@@ -375,6 +410,7 @@ def test_trained_weights_from_a_file_are_read_at_their_own_layers(run, weight_fi
     assert backbone.get_layer("resnet50").outputs[0].shape[-1] == 256
 
 
+@pytest.mark.filterwarnings("ignore:Skipping nested container:UserWarning")
 def test_a_weight_file_of_another_network_is_refused(weight_file, constants, tmp_path):
     keras.Sequential([keras.Input((48, 64, 3)), keras.layers.Conv2D(64, 7, name="conv1_conv")]).save_weights(tmp_path / "other.weights.h5")
     (tmp_path / "cut.weights.h5").write_bytes(weight_file[0].read_bytes()[:100_000])

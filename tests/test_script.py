@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
@@ -34,7 +36,7 @@ def test_a_user_runs_the_script(beside):
     assert len(list((folder / "feature_cache").rglob("*.npz"))) == 20 + 4, "a file for each picture and copy"
     lines = done.stdout.splitlines()
     assert lines[0].startswith("20 pictures, 20 labels: the first 16 train, the last 4 validate; 20 pictures read.")
-    assert lines[1] == "20 windows, 16 of them whole." and "CPU" in lines[2] and f"{folder / 'feature_cache'} (" in lines[3]
+    assert lines[1] == "20 windows, 16 of them whole." and f"{folder / 'feature_cache'} (" in lines[2] and "CPU" in lines[3]
 
     metrics, table = results(outputs)
     labels = pd.read_csv(folder / "labels.csv")
@@ -248,6 +250,26 @@ def test_two_runs_into_one_folder_leave_the_files_of_one(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "first", "b": "first"}
 
 
+def test_a_cache_may_be_in_use_by_another_run(video, constants, capsys):
+    """Whose half-written files come and go."""
+    folder, done = video / "feature_cache" / "of another run", threading.Event()
+    folder.mkdir(parents=True)
+
+    def write():
+        while not done.is_set():
+            ts.write_files(folder, {"0.npz": lambda path: path.write_bytes(b"features")})
+            ts.prepare_folder(folder.parent, "CACHE")
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(write)
+        try:
+            for _ in range(200):
+                ts.prepare_cache()
+        finally:
+            done.set()
+        other.result()
+
+
 def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants, monkeypatch):
     _, expected = results(finished / "outputs")
     shutil.rmtree(finished / "feature_cache")
@@ -352,6 +374,13 @@ def test_figures_show_what_they_should():
     assert left.collections[-1].get_offsets()[:, 1].tolist() == list(range(5, 16))
     shown = [axis.images[0].get_array()[0, 0, 0] for axis in figures["examples"].axes]
     assert shown == [0, 2, 4, 6, 8, 10], "from the smallest to the largest error"
+
+
+def test_the_curve_over_time_is_in_the_order_of_time():
+    """Which is not that of ids like 235959, 0."""
+    table = pd.DataFrame({"id": [235958, 235959, 0, 1], "true": [3.0, 9, 7, 1], "predicted": [3.0, 9, 7, 1]})
+    _, right = ts.draw_predictions(table, "title").axes
+    assert right.lines[0].get_xydata().tolist() == [[0, 3], [1, 9], [2, 7], [3, 1]]
 
 
 def test_one_epoch_has_a_mark_and_one_picture_is_shown_once():

@@ -57,7 +57,7 @@ def run_script(folder, edit=("", ""), **constants):
     process = subprocess.Popen([sys.executable, "-u", SCRIPT.name], cwd=folder, stdout=subprocess.PIPE, text=True)
     said = {}
     for line in process.stdout:
-        for sign in ("labels: the first", "Features are kept", r"(?<!\d)(\d+)/\1(?!\d).*picture"):  # the last is the bar when it is full
+        for sign in ("labels: the first", r"^ResNet50 \(", r"(?<!\d)(\d+)/\1(?!\d).*picture"):  # the last is the bar when it is full
             if re.search(sign, line):
                 said.setdefault(sign, time.perf_counter() - start)
     _, status, usage = os.wait4(process.pid, 0)
