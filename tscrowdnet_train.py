@@ -95,7 +95,7 @@ FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
 FEATURE_SPREAD = True  # each cell's standard deviation, too; False: its mean alone
 COMPONENTS = 512  # length of a feature vector, or less with few pictures; 0: no PCA
 AUGMENT = 0.25  # share of training pictures with a copy in other light, the camera nudged
-CACHE_FEATURES = True  # False: ResNet50 sees BATCH_SIZE windows in each step; the same result
+CACHE_FEATURES = True  # False: none are kept, ResNet50 works in each step; the same result
 CACHE = "feature_cache"  # one for all experiments
 PRECISION = "auto"  # or "float32", "mixed_bfloat16", which is faster on processors made for it
 FRAME_BATCH = 8  # pictures ResNet50 reads at once; fewer if memory runs out
@@ -1033,7 +1033,7 @@ def count_people(model, frames, cache=None):
     model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, a picture, or
     paths or uint8 RGB arrays (H, W, 3), about at the frame rate of training; their windows go
     by find_times. cache: a folder for ResNet50's features, so that no picture is read twice.
-    Returns a DataFrame, a row a picture, indexed by file name: count, and unfamiliar, True for
+    Prints its progress, but not for lists of up to 64. Returns a DataFrame, a row a picture, indexed by file name: count, and unfamiliar, True for
     a picture unlike all training pictures; both empty where it cannot be read. Raises
     InputError."""
     sources = list_sources(frames)
