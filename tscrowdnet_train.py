@@ -1033,9 +1033,9 @@ def count_people(model, frames, cache=None):
     model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, a picture, or
     paths or uint8 RGB arrays (H, W, 3), about at the frame rate of training; their windows go
     by find_times. cache: a folder for ResNet50's features, so that no picture is read twice.
-    Prints its progress, but not for lists of up to 64. Returns a DataFrame, a row a picture, indexed by file name: count, and unfamiliar, True for
-    a picture unlike all training pictures; both empty where it cannot be read. Raises
-    InputError."""
+    Returns a DataFrame, a row a picture, indexed by file name: count, and unfamiliar, True for
+    a picture unlike all training pictures; both empty where it cannot be read. Shows how far it
+    is where there are more than 64. Raises InputError."""
     sources = list_sources(frames)
     backbone, reduction, temporal, regression = load_stages(model)
     cache = Path(cache).expanduser() if cache else None
@@ -1048,10 +1048,11 @@ def count_people(model, frames, cache=None):
         print(f"{problem}; their counts stay empty.")
 
     size = backbone.input_shape[1:3]
-    read = Frames([sources[row] for row in readable], [digests[row] for row in readable], size)
+    kept = [(sources[row], digests[row]) for row in readable]
+    pictures = Frames(*zip(*kept), size)
     standardise, reduce = reduction.layers
     lengths, vectors = [], []
-    for features in extract_features(backbone, read, cache):
+    for features in extract_features(backbone, pictures, cache):
         standardised = standardise(features)
         lengths.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
         vectors.append(ops.convert_to_numpy(reduce(standardised)))
