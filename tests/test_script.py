@@ -488,7 +488,8 @@ def test_a_notebooks_back_end_does_not_stop_a_script(tmp_path):
 def test_a_notebook_keeps_its_own_ctrl_c(tmp_path):
     """%run gives a file the name __main__, in a process that has IPython."""
     (tmp_path / "keras.py").write_text("import signal; print(repr(signal.getsignal(2))); raise SystemExit")
-    code = f"import sys, runpy; sys.modules['IPython'] = sys; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    code = "import signal; signal.signal(2, signal.default_int_handler); "  # a job in the background inherits another
+    code += f"import sys, runpy; sys.modules['IPython'] = sys; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     for arguments, expected in ((["-c", code], "default_int_handler"), ([SCRIPT], "SIG_DFL")):
         done = start(arguments, tmp_path, PYTHONPATH=str(tmp_path))
         assert expected in done.stdout, done.stderr
