@@ -306,9 +306,9 @@ def read_labels(path):
         if is_bad.any():
             row = is_bad.idxmax()
             value = table[column].fillna("")[row]
-            raise InputError(f"{path}, row {row}: {column} {value!r} {problem}; correct it")
+            raise InputError(f"{path}, row {row}: {column} {value[:40]!r} {problem}; correct it")
 
-    is_id = table["id"].fillna("").str.fullmatch(r"\s*\d+(\.0*)?\s*")
+    is_id = table["id"].fillna("").str.fullmatch(r"\s*\d{1,40}(\.0*)?\s*")
     refuse(~is_id, "id", "is no whole number from 0")
     ids = table["id"].map(lambda text: int(text.split(".")[0]))  # exact, however many digits
     refuse(ids.duplicated(), "id", "is there twice")

@@ -99,6 +99,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "duplicate id": (labels("id,count\n1,2\n2,3\n1,4\n"), {}, ["row 4", "id '1' is there twice"]),
     "fractional id": (labels("id,count\n1.5,2\n"), {}, ["row 2", "id '1.5' is no whole number from 0"]),
     "negative id": (labels("id,count\n-1,2\n"), {}, ["row 2", "id", "'-1'"]),
+    "an id of 5,000 digits": (labels(f"id,count\n{'9' * 5000},2\n"), {}, ["row 2", "is no whole number from 0"]),
     "id a name": (labels("id,count\nseq_1,2\n"), {}, ["row 2", "id", "'seq_1'"]),
     "many bad rows": (labels("id,count\n1,a\n2,b\n3,c\n"), {}, ["row 2", "'a'"]),
     "bad row after blank lines": (labels("id,count\n\n\n1,5\n2,b\n"), {}, ["row 5", "'b'"]),

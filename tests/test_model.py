@@ -196,9 +196,9 @@ def test_no_seed_ends_at_the_mean_count(constants, monkeypatch):
     features = rng.normal(0, 1, (127, 40)).astype("float32")
     features[:, :20] += ((counts - 30) / 5)[:, None]
     vectors = ts.build_reduction(features[:27]).predict(features, verbose=0)
-    windows, rows, errors = ts.make_windows(range(127), 5), np.arange(127), []
+    windows, rows, errors = ts.make_windows(range(127), 2), np.arange(127), []
     for seed in range(5):
-        constants(EPOCHS=12, LEARNING_RATE=0.2, SEED=seed)
+        constants(EPOCHS=12, LEARNING_RATE=0.2, SEED=seed, SEQUENCE_LENGTH=2)
         keras.utils.set_random_seed(seed)
         head = keras.Sequential([ts.build_temporal(vectors.shape[1]), ts.build_regression(counts[:27])])
         ts.train(head, ts.WindowSequence(vectors, windows[:27], counts[:27], 7, shuffle=True, copy_of=rows))
@@ -342,10 +342,10 @@ def test_jittered_copies_train_the_model(run, constants, monkeypatch):
         ts.jitter(Image.open(path), rng).save(jittered / path.name, quality=95)
     errors = []
     for share in (0, 1):
-        _, table = run(AUGMENT=share, EPOCHS=30)
+        _, table = run(AUGMENT=share, EPOCHS=30, SEQUENCE_LENGTH=2)
         counts = ts.count_people(ts.ROOT / "outputs" / "ts_crowdnet.keras", jittered)["count"]
         errors.append(np.abs(counts.to_numpy() - table["true"]).mean())
-    assert errors[1] < 0.85 * errors[0], errors
+    assert errors[1] < 0.6 * errors[0], "they are in the components (0.7) and in the epochs (0.5)"
 
 
 def test_the_published_recipe_gives_the_published_network(run, whole_resnet50):

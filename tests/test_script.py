@@ -177,22 +177,25 @@ def test_features_belong_to_a_pictures_content(finished, run, computed):
     assert computed[2:] == [18]
 
 
-@pytest.mark.parametrize("damage", ["cut", "missing", "empty", "random", "zeros", "another shape", "not a number"])
-def test_damaged_features_are_made_anew(finished, run, damage, computed):
+def test_damaged_features_are_made_anew(finished, run, computed):
     _, expected = results(finished / "outputs")
-    path = sorted((finished / "feature_cache").rglob("*.npz"))[7]
-    whole = path.read_bytes()
-    features = np.load(path)["features"]
-    damaged = {"cut": whole[:200], "empty": b"", "random": os.urandom(500), "zeros": whole[:500] + bytes(300) + whole[800:]}
-    if damage == "missing":
-        path.unlink()
-    elif damage in damaged:
-        path.write_bytes(damaged[damage])
-    else:
-        np.savez(path, features=features[:5] if damage == "another shape" else features * np.nan)
+    paths = sorted((finished / "feature_cache").rglob("*.npz"))
+    whole = {path: np.load(path)["features"] for path in paths}
+    cut, missing, empty, random, zeros, short, not_a_number, no_archive, *_ = paths
+    cut.write_bytes(cut.read_bytes()[:200])
+    missing.unlink()
+    empty.write_bytes(b"")
+    random.write_bytes(os.urandom(500))
+    data = zeros.read_bytes()
+    zeros.write_bytes(data[:500] + bytes(300) + data[800:])
+    np.savez(short, features=whole[short][:5])
+    np.savez(not_a_number, features=whole[not_a_number] * np.nan)
+    with no_archive.open("wb") as file:
+        np.save(file, whole[no_archive])
     _, table = run()
-    assert table["predicted"].equals(expected["predicted"]) and len(computed) == 3
-    np.testing.assert_allclose(np.load(path)["features"], features, rtol=1e-4, atol=1e-5)
+    assert table["predicted"].equals(expected["predicted"]) and len(computed) == 2 + 8
+    for path, features in whole.items():
+        np.testing.assert_allclose(np.load(path)["features"], features, rtol=1e-4, atol=1e-5, err_msg=str(path))
 
 
 def test_the_cache_needs_no_memory_maps(finished, run, computed, monkeypatch):
