@@ -442,7 +442,7 @@ def read_image(source):
 def digest_pictures(sources, cache=None):
     """(digests, problem): the MD5 of each picture's content, None where it cannot be read, and
     a line about those. What has features in the folder cache was read before."""
-    kept = [folder for folder in cache.glob("[!.]*") if folder.is_dir()] if cache else []
+    folders = [path for path in cache.glob("[!.]*") if path.is_dir()] if cache else []
 
     def digest(source):
         if isinstance(source, np.ndarray):
@@ -454,7 +454,7 @@ def digest_pictures(sources, cache=None):
     def try_picture(source):
         try:
             found = digest(source)
-            if not any((folder / f"{found}.npz").exists() for folder in kept):
+            if not any((folder / f"{found}.npz").exists() for folder in folders):
                 read_image(source)
             return found, None
         except (InputError, OSError) as error:
@@ -1048,8 +1048,8 @@ def count_people(model, frames, cache=None):
         print(f"{problem}; their counts stay empty.")
 
     size = backbone.input_shape[1:3]
-    kept = [(sources[row], digests[row]) for row in readable]
-    pictures = Frames(*zip(*kept), size)
+    chosen = [(sources[row], digests[row]) for row in readable]
+    pictures = Frames(*zip(*chosen), size)
     standardise, reduce = reduction.layers
     lengths, vectors = [], []
     for features in extract_features(backbone, pictures, cache):
@@ -1076,10 +1076,11 @@ def count_folder():
     """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
     started, outputs = time.time(), at(OUTPUTS)
     model = outputs / MODEL
-    figures = ("counts.png", "counts.pdf")
-    if outputs.is_dir():
+    figures, cache = ("counts.png", "counts.pdf"), None
+    if outputs.is_dir():  # else there is no model, which count_people says
         prepare_folder(outputs, "OUTPUTS", ("counts.csv", *figures))
-    table = count_people(model, at(COUNT), prepare_cache())
+        cache = prepare_cache()
+    table = count_people(model, at(COUNT), cache)
     save_counts = partial(table.to_csv, float_format="%.3f", errors="surrogateescape")
     write_files(outputs, {"counts.csv": save_counts})
     n_unfamiliar = table["unfamiliar"].sum()

@@ -28,6 +28,7 @@ import tscrowdnet_train as ts
 RESNET50 = keras.applications.ResNet50
 COMPILE = keras.Model.compile
 SCRIPT = Path(ts.__file__)
+README = SCRIPT.parent / "README.md"
 TOOLS = SCRIPT.parent / "tests" / "tools"
 TINY = {
     "FRAME_SIZE": (48, 64),

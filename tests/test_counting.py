@@ -14,9 +14,7 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import make_video
-
-README = Path(ts.__file__).parent / "README.md"
+from conftest import README, make_video
 
 
 def test_counting_new_footage_matches_the_predictions(finished, constants, capsys, figures):
@@ -36,6 +34,13 @@ def test_counting_new_footage_matches_the_predictions(finished, constants, capsy
     np.testing.assert_allclose(written["count"], counts["count"], atol=1e-3)
     assert not written["unfamiliar"].any() and "0 of 20 frames look unlike" in capsys.readouterr().out
     assert {"counts.png", "counts.pdf"} <= {path.name for path in (finished / "outputs").iterdir()}
+
+
+def test_a_count_without_a_model_leaves_nothing_behind(video, constants):
+    constants(COUNT="frames/frames")
+    with pytest.raises(ts.InputError, match="train a model first"):
+        ts.main()
+    assert {path.name for path in video.iterdir()} == {"labels.csv", "frames"}
 
 
 def test_that_counts_cannot_be_written_is_said_before_the_counting(finished, constants, loaded):

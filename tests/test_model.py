@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import COMPILE, RESNET50, read_frames, shallow_resnet50
+from conftest import COMPILE, README, RESNET50, read_frames, shallow_resnet50
 
 
 @pytest.fixture
@@ -350,8 +350,7 @@ def test_jittered_copies_train_the_model(run, constants, monkeypatch):
 
 def test_the_published_recipe_gives_the_published_network(run, whole_resnet50):
     """The README's edits, read from the README; here of small frames and one epoch."""
-    readme = (Path(ts.__file__).parent / "README.md").read_text()
-    block = readme.split("<!-- published -->")[1].split("```")[1].removeprefix("python\n")
+    block = README.read_text().split("<!-- published -->")[1].split("```")[1].removeprefix("python\n")
     recipe = {}
     exec(block, {}, recipe)
     assert recipe.pop("FRAME_SIZE") == (224, 224) and recipe["COMPONENTS"] == 0
