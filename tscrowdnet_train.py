@@ -1,134 +1,113 @@
-"""TS-CrowdNet: count the people in a fixed-camera video with TimeDistributed ResNet50 + LSTM,
-trained from one number a frame; eighty numbers, spread over the footage, go a long way.
+"""TS-CrowdNet counts the people in each frame of a fixed-camera video: TimeDistributed ResNet50 +
+LSTM. It learns from one number per frame; 80 labelled frames, spread over the video, are usually
+enough.
 
     pip install -r requirements.txt && python tscrowdnet_train.py
 
-Reads    labels.csv                        id,count: the people in some of the pictures, or all
-         frames/frames/seq_000001.jpg ...  the pictures of one fixed camera
+Reads    labels.csv                        id,count: the people in all frames, or in some
+         frames/frames/seq_000001.jpg ...  the frames of one fixed camera, a folder for each clip
 Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in, counts out
-         outputs/metrics.json, predictions.csv, history.csv; figures as .png and .pdf
-         outputs/counts.csv                with COUNT: the count of each new picture; a figure
-         feature_cache/                    what ResNet50 made of each picture
+         outputs/metrics.json, predictions.csv, history.csv, and figures as .png and .pdf
+         outputs/counts.csv                with COUNT: the count of each new frame, and a figure
+         feature_cache/                    what ResNet50 computed from each frame
 
-A label makes a window: the T = SEQUENCE_LENGTH pictures that end at the labelled one. The N
-windows show P pictures; the first n_train windows train, and C of their pictures have a
-jittered copy. H x W = FRAME_SIZE, F features of a picture, K numbers in its feature vector:
-COMPONENTS at most, or F without PCA.
+Each of the N labels has a window: the T = SEQUENCE_LENGTH frames that end at the labelled one.
+The windows show P frames; C of those that train also have a jittered copy. H x W is FRAME_SIZE.
 
     windows of frames (N, T, H, W, 3) uint8
-    1. spatial     TimeDistributed(ResNet50 -> F features -> PCA) -> feature vectors (N, T, K)
-    2. temporal    the same Dense for each vector, an LSTM        -> memory (N, LSTM_UNITS)
-    3. regression  Dense(gelu), Dense(1)                          -> people in each last picture
+    1. spatial     TimeDistributed(ResNet50 -> F features -> PCA)  -> feature vectors (N, T, K)
+    2. temporal    the same Dense for each vector, then an LSTM    -> memory (N, LSTM_UNITS)
+    3. regression  Dense(gelu), Dense(1)                           -> people in last frames (N, 1)
 
-Stage 1 is frozen, so it reads each of the P + C pictures once; a Sequence feeds windows of
-their feature vectors to stages 2 and 3, which train. With CACHE_FEATURES = False it feeds the
-windows of frames to all three.
+Stage 1 is frozen, so it reads each of the P + C frames once. A Sequence then feeds windows of
+feature vectors to stages 2 and 3, which train.
 """
 
-import faulthandler
+import glob
 import hashlib
 import io
 import json
 import math
 import os
 import re
-import shutil
-import signal
 import sys
 import tempfile
 import time
-import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
-from functools import partial
-from pathlib import Path
+from contextlib import suppress
+from functools import lru_cache, partial
+from pathlib import Path, PurePosixPath
 from textwrap import shorten
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow warns of GPUs you do not have
 if __name__ == "__main__":
-    if "IPython" not in sys.modules:  # %run leaves a notebook its own Ctrl-C
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends without a traceback
-    if os.environ.get("MPLBACKEND", "").startswith("module:"):  # inherited from a notebook
-        del os.environ["MPLBACKEND"]
-    stderr = os.dup(2)
-    faulthandler.enable(stderr)  # a crash while stderr is closed still says where
-    if not shutil.which("nvidia-smi"):  # TensorFlow greets only where it may be about a GPU
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-try:
-    import keras
-    import matplotlib.pyplot as plt
-    import numpy as np
-    import pandas as pd
-    import scipy.io
-    import scipy.stats
-    import seaborn as sns
-    import tensorflow as tf
-    from keras import layers, ops
-    from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError  # as matplotlib does
-    from sklearn import decomposition, preprocessing
-except ModuleNotFoundError as error:
-    if __name__ != "__main__":
-        raise
-    sys.exit(f"Error: {error}; pip install -r requirements.txt, with Python 3.10 to 3.13")
-finally:
-    if __name__ == "__main__":
-        os.dup2(stderr, 2)
+    print("Loading TensorFlow ...", flush=True)
+    if os.environ.get("MPLBACKEND", "").startswith("module:"):  # a notebook's, unknown to a script
+        os.environ["MPLBACKEND"] = "agg"
+
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import scipy.io
+import seaborn as sns
+import tensorflow as tf
+from keras import layers, ops
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError  # comes with matplotlib
+from sklearn import decomposition, preprocessing
 
 ROOT = Path(__file__).resolve().parent
 
-# -- Data: relative paths start at this script's folder
-LABELS = "labels.csv"  # a CSV with columns id,count, or the official "mall_gt.mat"
-FRAMES = "frames/frames"  # folder of seq_000001.jpg, ...: one fixed camera
-OUTPUTS = "outputs"  # a folder for each experiment
-SEQUENCE_LENGTH = 5  # pictures in a window; 1 adds 0.01 to Mall's MAE, 0.1 with 40 labels
-FRAME_SIZE = (300, 400)  # (height, width) fed to ResNet50; larger if people are small
-TRAIN_FRACTION = 0.8  # first part of the labels; 0.4: Mall's canonical split; 1: all, unvalidated
+# -- Your data. Relative paths start at the folder of this script.
+LABELS = "labels.csv"  # a CSV with columns id,count, or Mall's own "mall_gt.mat"
+FRAMES = "frames/frames"  # folder of seq_000001.jpg, ..., or of a folder for each clip
+OUTPUTS = "outputs"  # take another folder for each experiment that you want to keep
+COUNT = None  # folder of new frames: count them with the model in OUTPUTS instead of training
+TRAIN_FRACTION = 0.8  # first share of the labels, which trains; the rest validates (1: none does)
+FRAME_SIZE = (300, 400)  # (height, width) that ResNet50 sees; larger if people are small
+WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random weights
 
-# -- Spatial stage: frozen ResNet50, PCA
-WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random
-# Layers to read, and the grid (rows, columns) over which each is summarised.
+# -- Training
+SEQUENCE_LENGTH = 5  # frames in a window; with 1, Mall's MAE rises by 0.01
+EPOCHS = 50  # fewer are no preview: after 5, counts are worse than the mean count
+BATCH_SIZE = 32  # windows in a step; a quarter of the training windows if that is less
+LEARNING_RATE = 0.1  # falls to 0 along a half cosine; for "adam" take 1e-3
+SEED = 0  # publish the mean and standard deviation over several
+TOLERANCE = 0.20  # counts within this share of the truth are called accurate
+
+# -- If memory runs out, or for speed
+FRAME_BATCH = 8  # frames that ResNet50 reads at once; fewer need less memory
+PRECISION = "auto"  # bfloat16 on hardware made for it; or "float32", or "mixed_bfloat16"
+CACHE = "feature_cache"  # one folder for all experiments
+CACHE_FEATURES = True  # False recomputes features at every step: far slower, same result
+
+# -- Network. All of these are flat around their values: see tests/tools/BENCHMARKS.md.
+# Layers of ResNet50 to read, each averaged over a grid of (rows, columns).
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}
-# Read if the weights are random: their deeper layers only add noise.
+# These are read if the weights are random, because deeper layers would only add noise then.
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
                          "conv2_block3_out": (3, 2)}
-FEATURE_SPREAD = True  # each cell's standard deviation, too; False: its mean alone
-COMPONENTS = 512  # length of a feature vector, or less with few pictures; 0: no PCA
-AUGMENT = 0.25  # share of training pictures with a copy in other light, the camera nudged
-CACHE_FEATURES = True  # False: none are kept, ResNet50 works in each step; the same result
-CACHE = "feature_cache"  # one for all experiments
-PRECISION = "auto"  # or "float32", "mixed_bfloat16", which is faster on processors made for it
-FRAME_BATCH = 8  # pictures ResNet50 reads at once; fewer if memory runs out
-
-# -- Temporal stage: projection and LSTM
-PROJECTION = 32  # a Dense shortens each feature vector to so many numbers; 0: none does
-LSTM_UNITS = 64  # more for longer windows
+FEATURE_SPREAD = True  # also read each grid cell's standard deviation, not its mean alone
+COMPONENTS = 512  # greatest length of a feature vector after PCA; 0: no PCA
+PROJECTION = 32  # a Dense layer shortens each feature vector to this length; 0: none does
+LSTM_UNITS = 64
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training
-FORGET_BIAS = -2.0  # higher: earlier pictures weigh more from the start (Keras: 1)
+FORGET_BIAS = -2.0  # of the LSTM at the start; higher gives earlier frames more weight (Keras: 1)
+DENSE_UNITS = 64
+AUGMENT = 0.25  # share of labelled training frames that also train in other light, camera nudged
+RANDOM_NEIGHBOURS = 0.5  # share of training windows with earlier frames drawn at random
+NEIGHBOUR_RANGE = 20  # they are drawn from so many frames before the last one
+OPTIMIZER = {"class_name": "SGD", "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
+UNFAMILIAR = 2.0  # mark frames this many times as far from the mean as the median training frame
 
-# -- Regression stage and training
-DENSE_UNITS = 64  # of the layer between the LSTM and the count
-BATCH_SIZE = 32  # windows in a step; a quarter of the training windows if that is less
-EPOCHS = 50  # fewer for a quick look
-# SGD learns first what many pictures share, last what is peculiar to one.
-OPTIMIZER = {"class_name": "sgd",
-             "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
-LEARNING_RATE = 0.1  # falls to 0 along a half cosine; 1e-3 for "adam"
-SEED = 0  # publish mean and standard deviation over several
-
-# -- Evaluation and use
-TOLERANCE = 0.20  # counts within this share of the truth are accurate
-COUNT = None  # a folder of new pictures to count with the model in OUTPUTS, not to train
-UNFAMILIAR = 1.05  # mark pictures this x farther from the training mean than any trained on
-
-IMAGENET_FILE = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
-IMAGENET_MD5 = "4d473c1dd8becc155b73f8504c6f6626"
-NEW = ".new-ts_crowdnet-"  # how folders begin of what is not whole yet
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# -- Internal: nothing to edit below this line.
 MODEL = "ts_crowdnet.keras"
-RESULTS = (MODEL, "history.csv", "predictions.csv", "metrics.json")
-FIGURES = ("loss.png", "loss.pdf", "predictions.png", "predictions.pdf",
-           "examples.png", "examples.pdf")
+FRAME_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff")
+IMAGENET_FILE = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
+FFMPEG = "ffmpeg -i VIDEO -vf fps=1 -q:v 2 FOLDER/%06d.jpg"
 SAMPLE_COUNTS = "0e5fe536512e4161155f1f2fd24f9369"  # MD5 of the shipped counts, as float64
 
 
@@ -136,339 +115,298 @@ class InputError(ValueError):
     """A mistake that the user can correct; the message says how."""
 
 
-def at(path):
-    """A path from the constants, relative to this script's folder unless absolute."""
+def resolve_path(path):
+    """A path from the constants: relative to the folder of this script unless absolute."""
     return ROOT / Path(path).expanduser()
 
 
-def is_pair(value):
-    """Whether value is two ints from 1."""
-    return (isinstance(value, (tuple, list)) and len(value) == 2
-            and all(type(number) is int and number >= 1 for number in value))
-
-
-def describe_device():
-    """What Keras computes on, and whether it has units for bfloat16: ("CPU", False)."""
-    device = str(ops.zeros(1).device).upper()
-    if "GPU" in device or "CUDA" in device:
-        gpus = tf.config.list_physical_devices("GPU")
-        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
-        name = f"GPU:0 {details.get('device_name', '')}".strip()
-        return name, details.get("compute_capability", (0, 0)) >= (8, 0)
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux
-        flags = ""
-    return "CPU", bool(re.search("avx512_bf16|amx_bf16", flags))
-
-
-def choose_precision():
-    """PRECISION; if "auto", bfloat16 where the device has units for it: twice the speed."""
-    if PRECISION != "auto":
-        return PRECISION
-    _, has_bfloat16 = describe_device()
-    return "mixed_bfloat16" if has_bfloat16 else "float32"
-
-
 def check_constants():
-    """Raises InputError for constants that would fail late or obscurely."""
-    limits = {  # (lowest, highest): names; two ints allow ints alone
-        (1, 100): ["SEQUENCE_LENGTH"],
-        (1, 1000): ["FRAME_BATCH"],
-        (1, 10**6): ["LSTM_UNITS", "DENSE_UNITS", "BATCH_SIZE", "EPOCHS"],
-        (0, 10**6): ["COMPONENTS", "PROJECTION", "SEED"],
-        (0.0, 1.0): ["AUGMENT", "TOLERANCE", "TRAIN_FRACTION"],
-        (0.0, 0.99): ["LSTM_DROPOUT"],
-        (1e-6, 99.0): ["LEARNING_RATE"],
-        (0.0, 99.0): ["UNFAMILIAR"],
-        (-99.0, 99.0): ["FORGET_BIAS"],
-    }
-    for (low, high), names in limits.items():
-        for name in names:
-            value, kind = globals()[name], "a whole number" if type(low) is int else "a number"
-            is_number = isinstance(value, (int, type(low))) and not isinstance(value, bool)
-            if not (is_number and low <= value <= high):
-                raise InputError(f"{name} = {value!r}: make it {kind}, {low} to {high}")
-    for name in ("FEATURE_SPREAD", "CACHE_FEATURES"):
-        if type(globals()[name]) is not bool:
-            raise InputError(f"{name} = {globals()[name]!r}: make it True or False")
-    for name in ("LABELS", "FRAMES", "OUTPUTS", "CACHE", "WEIGHTS", "COUNT"):
-        value, is_optional = globals()[name], name in ("WEIGHTS", "COUNT")
-        if not (value and isinstance(value, (str, Path)) or is_optional and not value):
-            remedy = "make it a path, in quotes" + (", or None" if is_optional else "")
-            raise InputError(f"{name} = {value!r}: {remedy}")
-    if not (is_pair(FRAME_SIZE) and min(FRAME_SIZE) >= 32):
-        raise InputError(f"{FRAME_SIZE = }: make it (height, width), whole numbers from 32")
+    """Raises InputError for values that would fail late, silently or without a name."""
+
+    def require(name, is_right, remedy):
+        if not is_right(globals()[name]):
+            raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
+
+    def is_whole(low, high):
+        return lambda value: isinstance(value, int) and low <= value <= high
+
+    for name in ("LABELS", "FRAMES", "OUTPUTS", "CACHE"):
+        require(name, lambda value: value and isinstance(value, (str, Path)), "a path, in quotes")
+    for name in ("COUNT", "WEIGHTS"):
+        require(name, lambda value: value is None or value and isinstance(value, (str, Path)),
+                "a path, in quotes, or None")
+    for name in ("EPOCHS", "BATCH_SIZE", "FRAME_BATCH", "LSTM_UNITS", "DENSE_UNITS"):
+        require(name, is_whole(1, 10**6), "a whole number from 1")
+    for name in ("COMPONENTS", "PROJECTION", "NEIGHBOUR_RANGE", "SEED"):
+        require(name, is_whole(0, 2**32 - 1), "a whole number from 0")
+    for name in ("TRAIN_FRACTION", "AUGMENT", "RANDOM_NEIGHBOURS", "TOLERANCE"):
+        require(name, lambda value: 0 <= value <= 1, "a share, from 0 to 1")
+    for name in ("CACHE_FEATURES", "FEATURE_SPREAD"):
+        require(name, (True, False).__contains__, "True or False")
     for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
-        grids = globals()[name]
-        if not (isinstance(grids, dict) and grids and all(map(is_pair, grids.values()))):
-            remedy = "{layer: (rows, columns)}, whole numbers from 1"
-            raise InputError(f"{name} = {grids!r}: make it {remedy}")
-    if choose_precision() not in ("float32", "mixed_bfloat16"):
-        raise InputError(f'{PRECISION = }: make it "auto", "float32" or "mixed_bfloat16"')
+        require(name, lambda grids: grids and all(
+            len(grid) == 2 and min(grid) >= 1 for grid in grids.values()
+        ), "{layer: (rows, columns)}, whole numbers from 1")
+    require("FRAME_SIZE", lambda size: len(size) == 2 and all(map(is_whole(32, 10**4), size)),
+            "(height, width), whole numbers from 32")
+    require("SEQUENCE_LENGTH", is_whole(1, 100), "a whole number from 1 to 100")
+    require("LEARNING_RATE", lambda rate: 0 < rate < 100, "a number above 0, such as 0.1")
+    require("LSTM_DROPOUT", lambda share: 0 <= share < 1, "a share from 0, below 1")
+    require("UNFAMILIAR", lambda limit: limit > 0, "a number above 0, such as 2.0")
+    require("PRECISION", ("auto", "float32", "mixed_bfloat16").__contains__,
+            '"auto", "float32" or "mixed_bfloat16"')
     try:
-        keras.optimizers.get(OPTIMIZER).learning_rate = LEARNING_RATE
-    except Exception as error:  # of many kinds
-        remedy = 'make it "sgd", "adam", or a dict like the one that the script comes with'
+        keras.optimizers.get(OPTIMIZER)
+    except Exception as error:  # Keras raises many kinds
+        remedy = 'make it "adam", say, or the dict that the script comes with'
         raise InputError(f"{OPTIMIZER = }: {remedy} ({shorten(str(error), 150)})") from error
 
 
-# == Files: whole or absent ========
+# == Files ========
 def write_files(folder, writers):
-    """Writes files {name: write(path)} elsewhere, then moves them into folder: all of them, or
-    none unless killed between two moves. Raises InputError where one cannot be written."""
-    with tempfile.TemporaryDirectory(prefix=NEW, dir=folder) as new:
-        new, old = Path(new), Path(new, "old")
-        old.mkdir()
-        try:
-            for name, write in writers.items():
-                write(new / name)
-                if (folder / name).is_file():
-                    shutil.copyfile(folder / name, old / name)
-        except OSError as error:
-            problem, remedy = error.strerror or "is the disk full?", "make room for it"
-            if isinstance(error, PermissionError):
-                remedy = "make it readable, or move it away"
-            raise InputError(f"{folder / name}: cannot be written ({problem}); {remedy}") from error
-        moved = []
-        try:
-            for name in writers:
-                os.replace(new / name, folder / name)
-                moved.append(name)
-        except OSError as error:
-            for done in moved:
-                (folder / done).unlink()
-                if (old / done).exists():
-                    os.replace(old / done, folder / done)
-            problem = f"cannot be replaced ({error.strerror})"
-            raise InputError(f"{folder / name}: {problem}; close it or move it away") from error
+    """Writes files {name: write(path)}. They are written under temporary names first and moved
+    only when all are whole, so nothing is ever half replaced. Raises InputError."""
+    targets = {folder / name: folder / f".new-{name}" for name in writers}
+    try:
+        for target, write in zip(targets, writers.values()):
+            write(targets[target])
+            if target.exists():
+                target.open("ab").close()  # fails now if another program holds the file
+        for target, new in targets.items():
+            with suppress(FileNotFoundError):  # a run that shares the cache has moved it already
+                os.replace(new, target)
+    except OSError as error:
+        for new in targets.values():
+            new.unlink(missing_ok=True)
+        is_blocked = isinstance(error, (PermissionError, IsADirectoryError))
+        remedy = "close it or move it away" if is_blocked else "make room for it"
+        problem = f"cannot be written ({error.strerror or 'is the disk full?'})"
+        raise InputError(f"{target}: {problem}; {remedy}") from error
 
 
-def prepare_folder(folder, constant, names=()):
-    """Makes the folder that a constant names. Raises InputError where these files could not be
-    written to it."""
+def prepare_folder(folder, constant):
+    """Makes the folder that a constant names. Raises InputError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=NEW, dir=folder).cleanup()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         problem = "it is a file" if folder.is_file() else error.strerror
         remedy = f"set {constant} to another folder"
         raise InputError(f"{folder}: cannot be written to ({problem}); {remedy}") from error
-    for name in names:
-        if (folder / name).is_dir():
-            raise InputError(f"{folder / name}: a folder where a file goes; move it away")
     return folder
 
 
-def sweep(started):
-    """Takes away what a killed run left half written before this one started (time.time())."""
-    for folder in (at(OUTPUTS), at(CACHE), *at(CACHE).glob("*")):
-        for new in folder.glob(f"{NEW}*"):
-            if new.exists() and new.stat().st_mtime < started:
-                shutil.rmtree(new, ignore_errors=True)
-
-
-# == Data: labels, pictures, windows ========
+# == Data: labels, frames, windows ========
 def read_labels(path):
-    """Reads counts from a CSV with columns id and count, or from Mall's mall_gt.mat. Returns a
-    float Series indexed by id, NaN where a row has no count. Raises InputError."""
+    """Reads a CSV with columns id and count, or Mall's mall_gt.mat. Returns a DataFrame with these
+    columns: each id an int, or each a str; count a float, NaN where nobody has counted. Its index
+    is the row in the file. Raises InputError."""
     try:
-        data = path.read_bytes()
+        data = io.BytesIO(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); correct LABELS") from error
     try:
-        if not data.strip():
-            raise ValueError("it is empty")
         if path.suffix.lower() == ".mat":
-            counts = scipy.io.loadmat(io.BytesIO(data), variable_names=["count"])["count"].ravel()
-            if counts.dtype.kind not in "iuf":
-                raise ValueError("its 'count' is no array of numbers")
+            counts = scipy.io.loadmat(data, variable_names=["count"])["count"].ravel()
             table = pd.DataFrame({"id": range(1, len(counts) + 1), "count": counts}, dtype=str)
-            table.index += 1
         else:
-            encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-            options = {"encoding": encoding, "encoding_errors": "replace"}
-            options |= {"sep": None, "engine": "python"}  # whatever separates
-            options |= {"dtype": str, "header": None, "skip_blank_lines": False}
-            table = pd.read_csv(io.BytesIO(data), **options)
+            # sep=None finds out whether commas, semicolons or tabs separate the columns. The
+            # first line is read as a row, so that pandas refuses rows that are longer than it.
+            table = pd.read_csv(data, sep=None, engine="python", header=None, dtype=str,
+                                skipinitialspace=True, skip_blank_lines=False,
+                                encoding="utf-8-sig", encoding_errors="replace")
             names = table.iloc[0].str.strip().str.lower()
             if sorted(names[names.isin(["id", "count"])]) != ["count", "id"]:
-                raise ValueError(f"its first line has {list(table.iloc[0])}, not id and count")
-            table.columns = names
-            table.index += 1
-            table = table[1:]
+                raise ValueError("its first line does not name one column id and one column count")
+            table = table.set_axis(names, axis="columns")[1:]
+        table.index += 1
         table = table[["id", "count"]].dropna(how="all")
-    except Exception as error:  # of many kinds
-        remedy = "correct it: a CSV whose first line is id,count, or Mall's mall_gt.mat"
+    except Exception as error:  # pandas and SciPy raise many kinds
+        remedy = "make it a CSV whose first line is id,count, or Mall's mall_gt.mat"
         raise InputError(f"{path}: {shorten(str(error), 150)}; {remedy}") from error
 
-    def refuse(is_bad, column, problem):
-        if is_bad.any():
-            row = is_bad.idxmax()
-            value = table[column].fillna("")[row]
-            raise InputError(f"{path}, row {row}: {column} {value[:40]!r} {problem}; correct it")
+    def refuse(is_wrong, column, problem):
+        if is_wrong.any():
+            row = is_wrong.idxmax()
+            value = str(table[column].fillna("")[row])[:40]
+            raise InputError(f"{path}, row {row}: {column} {value!r} {problem}; correct it")
 
-    is_id = table["id"].fillna("").str.fullmatch(r"\s*\d{1,40}(\.0*)?\s*")
-    refuse(~is_id, "id", "is no whole number from 0")
-    ids = table["id"].map(lambda text: int(text.split(".")[0]))  # exact, however many digits
+    ids = table["id"].fillna("").str.strip()
+    refuse(ids == "", "id", "is empty")
+    whole = ids.str.replace(r"\.0*$", "", regex=True)  # spreadsheets write 12.0
+    is_number = whole.str.fullmatch(r"\d{1,19}")
+    is_odd = is_number if is_number.mean() < 0.5 else ~is_number
+    refuse(is_odd, "id", "is unlike the others: ids are all whole numbers or all names of frames")
+    if is_number.all():
+        ids = whole.map(int)
     refuse(ids.duplicated(), "id", "is there twice")
     counts = pd.to_numeric(table["count"], errors="coerce").astype(float)
-    is_count = table["count"].isna() | counts.between(0, 10**6)
+    is_count = counts.between(0, 10**6) | table["count"].isna()
     refuse(~is_count, "count", "is no number from 0 to 1,000,000")
-    return pd.Series(counts.to_numpy(), index=ids.tolist()).sort_index()
+    return pd.DataFrame({"id": ids, "count": counts})
 
 
-def list_pictures(folder):
-    """The pictures in a folder in the natural order of their names: frame_2, frame_10."""
-
-    def natural(path):
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
-
-    paths = folder.iterdir() if folder.is_dir() else []
-    paths = [path for path in paths if path.suffix.lower() in PICTURES and path.name[0] != "."]
-    return sorted((path for path in paths if path.is_file()), key=natural)
+def natural_key(name):
+    """Sorts names as file managers do: folder by folder, and frame_2 before frame_10."""
+    parts = [re.split(r"(\d+)", part.lower()) for part in os.path.split(name)]
+    return [[int(text) if text.isdecimal() else text for text in part] for part in parts], name
 
 
-def read_numbers(source):
-    """(number, stamp, seconds) of a picture: the last number in its name; of a date and clock
-    that end the name, as in 20240101_100059.jpg, all digits as one number, and the time. Each
-    None where there is none."""
-    name = getattr(source, "stem", "")
-    number = re.search(r"(\d+)\D*$", name)
-    clock = re.search(r"(?<!\d)(\d{4})" + r"\D?(\d\d)" * 5 + r"(?:\D?(\d{3}|\d{6}))?\D*$", name)
-    stamp = seconds = None
-    if clock:
-        *date, fraction = clock.groups("")
-        try:
-            moment = datetime(*map(int, date), tzinfo=timezone.utc)
-            stamp, seconds = int("".join(clock.groups(""))), moment.timestamp()
-            seconds += float(f"0.{fraction or 0}")
-        except ValueError:  # digits that are no date
-            pass
-    return int(number[1]) if number else None, stamp, seconds
+def list_frames(folder):
+    """What is in a folder and the folders below it: (names of frames, names of other files), each
+    a path from that folder, with "/", in natural order. Raises InputError if no frame is there."""
+    remedy = f"to take frames from a video: {FFMPEG}"
+    if folder.is_file():
+        raise InputError(f"{folder}: a file, where a folder of frames should be; {remedy}")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder; {remedy}")
+    names = glob.glob("**", root_dir=folder, recursive=True)  # leaves hidden files out
+    names = [Path(name).as_posix() for name in names if not (folder / name).is_dir()]
+    names.sort(key=natural_key)
+    frames = [name for name in names
+              if name.lower().endswith(FRAME_ENDINGS) and (folder / name).is_file()]
+    others = sorted(set(names) - set(frames), key=natural_key)
+    kinds = Counter(PurePosixPath(name).suffix or name for name in others)
+    left_out = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(9))
+    if not frames:
+        there = f" (but {left_out})" if others else ""
+        raise InputError(f"{folder}: no frames are there{there}; {remedy}")
+    if others:
+        print(f"Left out: {left_out}.")
+    return frames, others
 
 
-def find_times(sources):
-    """When each picture was taken, as numbers in the unit of its name: seconds where all names
-    end with a date and clock, else, or where two have the same, their last numbers. Where a
-    name has none, or two have the same again, the order given: 0, 1, 2, ..."""
-    numbers, _, seconds = zip(*map(read_numbers, sources))
-    for times in (seconds, numbers):
-        if None not in times and len(set(times)) == len(times):
-            return list(times)
-    return list(range(len(sources)))
+def find_names(ids, names):
+    """The rows of names that each id fits, as a list of lists. A number fits the last number in a
+    file's name; a text fits a path, or a file's name, each with or without its ending."""
+    rows_of = {}
+    for row, name in enumerate(names):
+        path = PurePosixPath(name)
+        last_number = [int(digits) for digits in re.findall(r"\d+", path.stem)[-1:]]
+        for key in {name, str(path.with_suffix("")), path.name, path.stem, *last_number}:
+            rows_of.setdefault(key, []).append(row)
+    row_of = {name: row for row, name in enumerate(names)}
+    return [[row_of[key]] if key in row_of else rows_of.get(key, []) for key in ids]
 
 
-def find_remedy(ids, rows):
-    """What to do where pictures are missing: they are in another folder, or the ids are
-    shifted. Or None. rows: those of the pictures that FRAMES has, by number."""
-    ids = set(ids.tolist())
-    if not ids & rows.keys():
-        folder = at(FRAMES)
-        below = sorted(path for path in folder.glob("*") if path.is_dir())
-        for other in [folder.parent, *below]:
-            if ids <= {read_numbers(path)[0] for path in list_pictures(other)}:
-                return f"they are in {other}: set FRAMES to it"
-        if not folder.is_dir():
-            return "there is no such folder; correct FRAMES"
-    shift = min(rows, default=0) - min(ids)
-    if shift and len(ids) > 1 and {number + shift for number in ids} <= rows.keys():
-        return f"do the ids start at another number? With {shift} added to each, all are there"
-    return None
-
-
-def find_labelled(paths, ids):
-    """The rows of paths, a picture each, that ids name by their last number, or by all digits
-    of a date and clock. Raises InputError."""
-    rows = {}
-    for row, path in enumerate(paths):
-        number, stamp, _ = read_numbers(path)
-        for name in {number, stamp} - {None}:
-            rows.setdefault(name, []).append(row)
-    missing = [frame for frame in ids.tolist() if frame not in rows]
+def match_labels(labels, frames, others):
+    """The row of frames that each label is of (N,). Raises InputError where that is not one."""
+    folder, file = resolve_path(FRAMES), resolve_path(LABELS)
+    rows = find_names(labels["id"], frames)
+    for line, label_id, fitting in zip(labels.index, labels["id"], rows):
+        if len(fitting) > 1:
+            problem = f"fits {frames[fitting[0]]} and {frames[fitting[1]]}"
+            raise InputError(f"{file}, row {line}: id {label_id!r} {problem}; write the path")
+    missing = [label_id for label_id, fitting in zip(labels["id"], rows) if not fitting]
+    for label_id, fitting in zip(missing, find_names(missing, others)):
+        if fitting:
+            path = folder / others[fitting[0]]
+            problem = "a link that leads nowhere" if path.is_symlink() else "of a kind not read"
+            raise InputError(f"{path}: {problem}; replace it, for example by a .jpg")
     if missing:
-        problem = f"{len(missing)} of {len(ids)} labelled pictures missing"
-        remedy = f"add those of ids {shorten(str(missing), 60)}, or correct FRAMES or LABELS"
-        raise InputError(f"{at(FRAMES)}: {problem}; {find_remedy(ids, rows) or remedy}")
-    for frame in ids.tolist():
-        if len(rows[frame]) > 1:
-            first, second = (paths[row] for row in rows[frame][:2])
-            remedy = "move one away, or take dates and clocks as ids"
-            raise InputError(f"{first} and {second.name} have one number; {remedy}")
-    found = pd.Series([rows[frame][0] for frame in ids.tolist()], index=ids)
-    if found.duplicated().any():
-        frame = found.index[found.duplicated()][0]
-        raise InputError(f"{at(LABELS)}: id {frame} names a picture that another id names, too")
-    return found.to_numpy()
+        some = ", ".join(map(str, missing[:3]))
+        problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
+        there = f"the folder has {frames[0]} ... {frames[-1]}"
+        remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
+        raise InputError(f"{folder}: {problem}; {there}; {remedy}")
+    rows = pd.Series([fitting[0] for fitting in rows], labels.index, dtype=int)
+    if rows.duplicated().any():
+        line = rows.duplicated().idxmax()
+        raise InputError(f"{file}, row {line}: {frames[rows[line]]} has another label; remove one")
+    return rows
 
 
-def make_windows(times, length):
-    """For each picture, the rows of the window that ends at it (P, length). None reaches across
-    a break, where times jump by more than half again their usual step: the picture after it
-    repeats. Times 1, 2, 5: [[0, 0], [0, 1], [2, 2]]."""
-    first = min(times)
-    times = np.array([moment - first for moment in times], float)
-    order = np.argsort(times)
-    steps = np.diff(times[order])
-    usual = np.quantile(steps, 0.5, method="lower") if len(steps) else 1  # a step that occurs
-    places = np.arange(len(times))
-    starts_clip = np.r_[True, steps > 1.5 * usual]
-    clip_start = np.maximum.accumulate(places * starts_clip)  # (P,)
-    windows = np.maximum(places[:, None] + np.arange(1 - length, 1), clip_start[:, None])
-    return order[windows][np.argsort(order)]
+def find_clip_starts(names):
+    """The row at which the clip of each frame begins (P,). Names of one folder in a row, or frames
+    without names, are a clip."""
+    folders = pd.Series([os.path.dirname(str(name)) for name in names])
+    is_start = folders != folders.shift()
+    return np.maximum.accumulate(np.where(is_start, np.arange(len(names)), 0))
+
+
+def make_windows(ends, clip_starts, length):
+    """Windows, as rows of frames (n, length), that end at the rows ends (n,). None begins before
+    its clip does (n,): the first frame repeats. Ends 1, 2 of one clip: [[0, 0, 1], [0, 1, 2]]."""
+    return np.maximum(ends[:, None] - np.arange(length)[::-1], clip_starts[:, None])
+
+
+def draw_windows(windows, clip_starts, copy_of, rng):
+    """What one epoch shows of the training windows (n, T), rows of frames.
+
+    A share RANDOM_NEIGHBOURS of them shows earlier frames at random, in their order, instead of
+    the last ones: a network that has seen these is not misled by gaps or other frame rates. And
+    half of all show the jittered copies of those of their frames that have one, see Frames."""
+    ends = windows[:, -1:]
+    lowest = np.maximum(ends - NEIGHBOUR_RANGE, clip_starts[:, None])
+    earlier = rng.integers(lowest, ends + 1, (len(windows), windows.shape[1] - 1))
+    drawn = np.concatenate([np.sort(earlier), ends], axis=1)
+    windows = np.where(rng.random((len(windows), 1)) < RANDOM_NEIGHBOURS, drawn, windows)
+    return np.where(rng.random((len(windows), 1)) < 0.5, copy_of[windows], windows)
+
+
+def open_image(source):
+    """An image, not decoded yet. source: a path, or a uint8 array (H, W, 3)."""
+    if isinstance(source, np.ndarray):
+        if source.ndim != 3 or source.shape[2] not in (3, 4) or not source.size:
+            raise ValueError(f"{source.shape}, not (H, W, 3)")
+        return Image.fromarray(source)
+    data = source.read_bytes()
+    image = Image.open(io.BytesIO(data))
+    end = data.rstrip(b"\0")
+    if image.format == "JPEG" and end != data and not end.endswith(b"\xff\xd9"):
+        raise ValueError("ends in zeros: it was not written to its end")
+    return image
 
 
 def read_image(source):
-    """A picture, upright, RGB. source: a path, or a uint8 array (H, W, 3). Raises InputError."""
-    try:
-        if isinstance(source, np.ndarray):
-            if source.ndim != 3 or source.shape[2] not in (3, 4) or not source.size:
-                raise ValueError(f"{source.shape}, not (H, W, 3)")
-            image = Image.fromarray(source)
-        else:
-            data = source.read_bytes()
-            image = Image.open(io.BytesIO(data))
-            end = data.rstrip(b"\0")
-            if image.format == "JPEG" and end != data and not end.endswith(b"\xff\xd9"):
-                raise ValueError("ends in zeros: it was not written to its end")
-        if image.mode[0] in "IF":
-            raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # of many kinds
-        problem = "no picture" if isinstance(error, UnidentifiedImageError) else repr(error)
-        raise InputError(f"{getattr(source, 'name', 'array')}: {problem}") from error
+    """An image, upright, RGB. source: see open_image."""
+    image = open_image(source)
+    if image.mode[0] in "IF":
+        raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def digest_pictures(sources, cache=None):
-    """(digests, problem): the MD5 of each picture's content, None where it cannot be read, and
-    a line about those. What has features in the folder cache was read before."""
-    folders = [path for path in cache.glob("[!.]*") if path.is_dir()] if cache else []
+def check_frames(sources, cache=None):
+    """Reads each frame once, and decodes it unless the folder cache has its features. Returns a
+    DataFrame: digest, the MD5 of its content; width, height; pages, those of its file; and
+    problem: why it cannot be read, or None."""
+    cached = {path.stem for path in cache.glob("*/*.npz")} if cache else set()
 
-    def digest(source):
-        if isinstance(source, np.ndarray):
-            data = f"{source.shape} {source.dtype}".encode() + source.tobytes()
-        else:
-            data = source.read_bytes()
-        return hashlib.md5(data).hexdigest()
-
-    def try_picture(source):
+    def check(source):
+        is_array = isinstance(source, np.ndarray)
         try:
-            found = digest(source)
-            if not any((folder / f"{found}.npz").exists() for folder in folders):
+            content = source.tobytes() if is_array else source.read_bytes()
+            shape = f"{source.shape} {source.dtype}".encode() if is_array else b""
+            digest = hashlib.md5(shape + content).hexdigest()
+            image = open_image(source)
+            width, height = image.size
+            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF: turn it by 90 degrees
+                width, height = height, width
+            pages = image.n_frames if image.format == "TIFF" else 1
+            if digest not in cached:
                 read_image(source)
-            return found, None
-        except (InputError, OSError) as error:
-            return None, str(error)
+        except Exception as error:  # Pillow raises many kinds
+            name = "array" if is_array else source.name
+            problem = "no image" if isinstance(error, UnidentifiedImageError) else error
+            return None, 0, 0, 0, f"{name}: {problem}"
+        return digest, width, height, pages, None
 
     with ThreadPoolExecutor() as pool:
-        digests, problems = zip(*pool.map(try_picture, sources))
-    n_bad, named = digests.count(None), shorten("; ".join(filter(None, problems)), 200)
-    return list(digests), f"{n_bad} of {len(sources)} pictures cannot be read: {named}"
+        rows = list(pool.map(check, sources))
+    columns = ["digest", "width", "height", "pages", "problem"]
+    return pd.DataFrame(rows, columns=columns, dtype=object)
+
+
+def describe_problems(checked):
+    """A line about the frames that cannot be read."""
+    problems = checked["problem"].dropna()
+    named = shorten("; ".join(problems), 200, placeholder=" ...")
+    return f"{len(problems)} of {len(checked)} frames cannot be read: {named}"
 
 
 def jitter(image, rng):
-    """A copy in other light (up to 15%, tint 5%), the camera nudged (2% of the width, zoom
-    3%), black beyond the picture."""
+    """A copy of an image in other light (up to 15%, tint 5%), as if the camera had been nudged (2%
+    of the width, zoom 3%). It is black beyond the image."""
     zoom = rng.uniform(0.97, 1.03)
     shift = rng.uniform(-0.02, 0.02, 2) * image.width
     left, top = shift + np.array(image.size) * (1 - zoom) / 2
@@ -479,88 +417,102 @@ def jitter(image, rng):
     return image.convert("RGB", (red, 0, 0, 0, 0, green, 0, 0, 0, 0, blue, 0))
 
 
-def describe_windows(windows):
-    """How many windows, rows of pictures (N, T), reach back over T pictures."""
-    is_whole = (np.diff(np.sort(windows)) > 0).all(axis=1)
-    return f"{len(windows)} windows, {is_whole.sum()} of them whole."
+def choose_copied(digests, rows):
+    """Which of these rows (n,), of labelled training frames in order, get a jittered copy: a share
+    AUGMENT of them, one out of each few in a row, the one with the smallest digest. That is a
+    choice by chance, but the same one in all experiments, so that they share features."""
+    n_copied = round(AUGMENT * len(rows))
+    groups = np.array_split(rows, n_copied) if n_copied else []
+    return np.array([min(group, key=digests.__getitem__) for group in groups], int)
 
 
 class Frames:
-    """Pictures, read when they are indexed: frames[rows] is (*rows.shape, H, W, 3) uint8.
+    """Frames, read when they are indexed: frames[rows] is (*rows.shape, H, W, 3) uint8.
 
-    sources, digests: of P pictures, see read_image and digest_pictures. training: rows of those
-    that train, of which a share AUGMENT has a jittered copy. The copies are in the C rows
-    after the pictures: copy_of (P,) holds the row of each picture's copy, or else its own,
-    trained_on (M,) the rows of all training pictures and their copies."""
+    sources, digests: P paths or arrays, and the MD5 of each, see check_frames. size: (H, W).
+    copied: rows of the C frames that have a jittered copy. The copies are in rows P to P + C - 1;
+    copy_of (P,) is the row of each frame's copy, or the frame's own row if it has none."""
 
-    def __init__(self, sources, digests, size, training=()):
-        training = np.array(training, int)
-        copied = training[np.diff(np.ceil(np.arange(len(training) + 1) * AUGMENT)) > 0]
+    def __init__(self, sources, digests, size, copied=()):
         self.sources = [*sources, *(sources[row] for row in copied)]
         self.digests = [*digests, *(f"{digests[row]}-copy" for row in copied)]
         self.size = size
         self.copy_of = np.arange(len(sources))
-        self.copy_of[copied] = np.arange(len(sources), len(self.sources))
-        self.trained_on = np.union1d(training, self.copy_of[training])
+        self.copy_of[np.asarray(copied, int)] = len(sources) + np.arange(len(copied))
 
     def __len__(self):
         return len(self.sources)
 
     def __getitem__(self, rows):
-        rows = np.asarray(rows)
         distinct, places = np.unique(rows, return_inverse=True)
         with ThreadPoolExecutor() as pool:
-            images = np.stack(list(pool.map(self.load, distinct)))
-        return images[places.reshape(rows.shape)]
+            pixels = np.stack(list(pool.map(self.load, distinct)))
+        return pixels[places.reshape(np.shape(rows))]
 
     def load(self, row):
+        """One frame or copy (H, W, 3)."""
         image = read_image(self.sources[row]).resize(self.size[::-1], Image.BILINEAR)
-        if row >= len(self.copy_of):  # a copy, the same for a picture whatever the experiment
-            seed = int(self.digests[row].removesuffix("-copy"), 16)
-            image = jitter(image, np.random.default_rng(seed))
+        digest, _, is_copy = self.digests[row].partition("-")
+        if is_copy:  # always the same copy of the same frame, whatever the experiment
+            image = jitter(image, np.random.default_rng(int(digest, 16)))
         return np.asarray(image)
 
 
 class WindowSequence(keras.utils.Sequence):
-    """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last pictures.
+    """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames.
 
-    images: what windows are made of, feature vectors (P + C, K) or Frames. windows: rows of
-    images (n, T). counts: (n,). shuffle: every epoch takes the windows in another order.
-    copy_of (P,), see Frames: every epoch draws for each window, at even odds, whether it shows
-    the copies of those of its pictures that have one."""
+    frame_data: what windows are made of, feature vectors (P + C, K) or Frames. windows: its rows
+    (n, T). counts: (n,). draw: for training; each epoch takes the windows in a new random order,
+    and shows draw(windows, rng=...) in their place."""
 
-    def __init__(self, images, windows, counts, batch_size, shuffle=False, copy_of=None):
+    def __init__(self, frame_data, windows, counts, batch_size, draw=None):
         super().__init__()
-        self.images = images
+        self.frame_data = frame_data
         self.windows = windows
         self.counts = counts.reshape(-1, 1)
         self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.copy_of = copy_of
+        self.draw = draw
         self.rng = np.random.default_rng(SEED)
         self.order = np.arange(len(windows))
-        self.shown = windows
+        self.epoch_windows = windows
         self.on_epoch_end()
 
     def __len__(self):
-        return math.ceil(len(self.windows) / self.batch_size)  # the last, partial batch counts
+        return math.ceil(len(self.windows) / self.batch_size)  # the last batch may be smaller
 
     def __getitem__(self, batch):
         chosen = self.order[batch * self.batch_size : (batch + 1) * self.batch_size]
-        return self.images[self.shown[chosen]], self.counts[chosen]
+        return self.frame_data[self.epoch_windows[chosen]], self.counts[chosen]
 
     def on_epoch_end(self):
-        if self.shuffle:
+        if self.draw:
             self.rng.shuffle(self.order)
-        if self.copy_of is not None:
-            in_copies = self.rng.random((len(self.windows), 1)) < 0.5
-            self.shown = np.where(in_copies, self.copy_of[self.windows], self.windows)
+            self.epoch_windows = self.draw(self.windows, rng=self.rng)
 
 
 # == Stage 1, spatial: ResNet50, features, PCA ========
+def choose_precision():
+    """What Keras computes on, and the precision that PRECISION means there: ("CPU", "float32").
+    bfloat16 is at least twice as fast, but only on hardware that is made for it."""
+    device, has_bfloat16 = "CPU", False
+    keras_device = str(ops.zeros(1).device).upper()
+    if "GPU" in keras_device or "CUDA" in keras_device:
+        gpus = tf.config.list_physical_devices("GPU")
+        details = tf.config.experimental.get_device_details(gpus[0]) if gpus else {}
+        device = f"GPU:0 {details.get('device_name', '')}".strip()
+        has_bfloat16 = details.get("compute_capability", (0, 0)) >= (8, 0)
+    else:
+        with suppress(OSError):  # only Linux has this file
+            flags = Path("/proc/cpuinfo").read_text()
+            has_bfloat16 = bool(re.search("avx512_bf16|amx_bf16", flags))
+    if PRECISION != "auto":
+        return device, PRECISION
+    return device, "mixed_bfloat16" if has_bfloat16 else "float32"
+
+
 def load_resnet50():
-    """ResNet50 without its top (He et al., "Deep residual learning for image recognition",
-    CVPR 2016): (model, what its weights are, whether they are random). Raises InputError."""
+    """ResNet50 without its top (He et al., "Deep residual learning for image recognition", CVPR
+    2016): (model, what its weights are, whether they are random). Raises InputError."""
 
     def build(weights):
         keras.utils.set_random_seed(SEED)  # the same random weights whatever came before
@@ -570,29 +522,26 @@ def load_resnet50():
     if not WEIGHTS:
         return build(None), "random", True
     if WEIGHTS == "imagenet":
-        home = Path(os.environ.get("KERAS_HOME", "~/.keras")).expanduser()
-        path = home / "models" / IMAGENET_FILE  # which Keras ignores if it cannot write there
-        if not path.is_file() or hashlib.md5(path.read_bytes()).hexdigest() != IMAGENET_MD5:
-            path = WEIGHTS  # to be downloaded
-    else:
-        path = at(WEIGHTS)
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; correct WEIGHTS")
+        try:
+            return build(WEIGHTS), WEIGHTS, False
+        except Exception:  # of many kinds: no network, no disk space, ...
+            print("Warning: ImageNet's weights could not be loaded, so random ones are used, which"
+                  f" count worse. Without a network, set WEIGHTS to a copy of {IMAGENET_FILE}.",
+                  file=sys.stderr)
+            return build(None), "random, for want of ImageNet's", True
+    path = resolve_path(WEIGHTS)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; correct WEIGHTS")
     try:
-        return build(str(path)), Path(WEIGHTS).name, False
+        return build(str(path)), path.name, False
     except Exception as error:  # of many kinds
-        problem = shorten(str(error), 150)
-        if WEIGHTS != "imagenet":
-            problem = f"no weights of Keras's ResNet50 without top ({problem})"
-            raise InputError(f"{path}: {problem}") from error
-    remedy = f"set WEIGHTS to a {IMAGENET_FILE}"
-    print(f"Warning: no ImageNet weights ({problem}); {remedy}", file=sys.stderr)
-    return build(None), "random, for want of ImageNet's", True
+        problem = f"no weights of Keras's ResNet50 without top ({shorten(str(error), 150)})"
+        raise InputError(f"{path}: {problem}; correct WEIGHTS") from error
 
 
 def normalise(frames):
-    """RGB frames (n, H, W, 3) -> BGR, as ImageNet's weights expect, each channel of each
-    frame at mean 0 and ImageNet's standard deviation, whatever the light."""
+    """RGB frames (n, H, W, 3) -> BGR, as ImageNet's weights expect. Each channel of each frame gets
+    a mean of 0 and ImageNet's standard deviation, whatever the light."""
     x = ops.cast(ops.flip(frames, axis=-1), "float32")
     x = layers.GroupNormalization(groups=-1, epsilon=1.0, center=False, scale=False)(x)
     return layers.Rescaling(57.0)(x)
@@ -606,12 +555,10 @@ def calibrate(resnet, frames):
     resnet(normalise(frames), training=True)
 
 
-def fold_batchnorm(resnet, read):
-    """The same network, faster: each convolution, ..._conv, also does the work of the
-    BatchNorm after it, ..._bn, unless it is itself among the layers to read. Jacob et al.,
-    "Quantization and training of neural networks for efficient integer-arithmetic-only
-    inference", CVPR 2018."""
-    precision = choose_precision()
+def fold_batchnorm(resnet, read, precision):
+    """The same network, faster: each convolution, ..._conv, also does the work of the BatchNorm
+    after it, ..._bn, unless it is itself among the layers to read. Jacob et al., "Quantization and
+    training of neural networks for efficient integer-arithmetic-only inference", CVPR 2018."""
 
     def find_convolution(layer):
         """The name of the convolution that does this layer's work, or None."""
@@ -639,12 +586,25 @@ def fold_batchnorm(resnet, read):
     return folded
 
 
-def build_backbone(frames):
-    """ResNet50 read at the layers of FEATURE_LAYERS: a frame (H, W, 3) uint8 -> its features
-    (F,), the mean and standard deviation of each channel of each layer in each cell of its grid.
-    frames: some of the training ones calibrate random weights. Returns (model, what its weights
-    are). Raises InputError."""
-    keras.utils.clear_session()  # layers are named, and cached under these names, as in any run
+def summarise(feature_map, grid):
+    """The mean of each channel in each cell of a grid (rows, columns) over a feature map (h, w,
+    channels), then, with FEATURE_SPREAD, its standard deviation. Returns a list of flat tensors."""
+    x = ops.cast(feature_map, "float32")
+    cell = [math.ceil(side / parts) for side, parts in zip(x.shape[1:3], grid)]
+    average = layers.AveragePooling2D(cell, padding="same")
+    mean = average(x)  # (rows, columns, channels), or fewer where these do not divide h, w
+    summary = [layers.Flatten()(mean)]
+    if FEATURE_SPREAD:
+        variance = ops.relu(average(ops.square(x)) - ops.square(mean))
+        summary.append(layers.Flatten()(ops.sqrt(variance)))
+    return summary
+
+
+def build_backbone(calibration, precision):
+    """ResNet50 read at the layers of FEATURE_LAYERS: a frame (H, W, 3) uint8 -> its features (F,).
+    calibration: training frames (n, H, W, 3) that calibrate random weights. Returns (model, what
+    its weights are). Raises InputError."""
+    keras.utils.clear_session()  # numbers layers anew, so that the cache knows them again
     resnet, weights, is_random = load_resnet50()
     constant = "FEATURE_LAYERS_RANDOM" if is_random else "FEATURE_LAYERS"
     grids = globals()[constant]
@@ -653,117 +613,99 @@ def build_backbone(frames):
         some = ", ".join(name for name in names if name.endswith("_out"))
         problem = f"no layer {min(unknown)} in ResNet50"
         raise InputError(f"{constant}: {problem}; take conv1_relu, {some}")
-    maps = [resnet.get_layer(name).output for name in grids]
-    resnet = keras.Model(resnet.input, maps, name="resnet50")
+    feature_maps = [resnet.get_layer(name).output for name in grids]
+    resnet = keras.Model(resnet.input, feature_maps, name="resnet50")
     if is_random:
-        calibrate(resnet, frames[frames.trained_on[:2]])  # more would take gigabytes
+        calibrate(resnet, calibration)
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    maps = fold_batchnorm(resnet, grids)(normalise(frame))
+    feature_maps = keras.tree.flatten(fold_batchnorm(resnet, grids, precision)(normalise(frame)))
     features = []
-    for x, (rows, columns) in zip(keras.tree.flatten(maps), grids.values()):
-        x = ops.cast(x, "float32")  # (h, w, channels)
-        cell = (math.ceil(x.shape[1] / rows), math.ceil(x.shape[2] / columns))
-        average = layers.AveragePooling2D(cell, padding="same")
-        mean = average(x)  # (rows, columns, channels), or fewer where these do not divide h, w
-        features.append(layers.Flatten()(mean))
-        if FEATURE_SPREAD:
-            variance = ops.relu(average(ops.square(x)) - ops.square(mean))
-            features.append(layers.Flatten()(ops.sqrt(variance)))
+    for feature_map, grid in zip(feature_maps, grids.values()):
+        features += summarise(feature_map, grid)
     features = ops.concatenate(features, axis=-1)
     if features.shape[1] > 200_000:
-        problem = f"{features.shape[1]:,} features of a picture fill the memory"
+        problem = f"{features.shape[1]:,} features of a frame fill the memory"
         raise InputError(f"{constant}: {problem}; take coarser grids")
     backbone = keras.Model(frame, features, name="backbone")
     backbone.trainable = False
-    print(f"ResNet50 ({weights}; {choose_precision()}; {describe_device()[0]}):",
-          f"{features.shape[1]:,} features of a picture, from {', '.join(grids)}.")
     return backbone, weights
 
 
-def prepare_cache():
-    """The folder CACHE, ready to be written to; None if no features are kept. Raises
-    InputError."""
-    if not CACHE_FEATURES:
-        return None
-    folder = prepare_folder(at(CACHE), "CACHE")
-    size = sum(path.stat().st_size for path in folder.glob("[!.]*/*.npz"))
-    print(f"Features are kept in {folder} ({size / 1e6:,.0f} MB so far).")
-    return folder
-
-
-def open_cache(backbone, folder):
-    """The folder below folder for the features that this very network computes. Raises
-    InputError."""
-    pixels_version = 1  # to be raised when read_image(), Frames.load() or jitter() changes
+def open_cache(backbone, cache):
+    """The folder within the folder cache for features of this very network. Raises InputError."""
+    pixels_version = 1  # raise it when read_image(), Frames.load() or jitter() changes
     versions = (pixels_version, keras.__version__, keras.backend.backend(), Image.__version__)
     key = hashlib.md5(f"{versions} {backbone.to_json()}".encode())
     for weights in backbone.get_weights():
         key.update(weights.tobytes())
-    return prepare_folder(folder / key.hexdigest(), "CACHE")
+    return prepare_folder(cache / key.hexdigest(), "CACHE")
 
 
 def run_backbone(backbone, frames, rows):
     """Features (n, F) of frames[rows], FRAME_BATCH at a time. Faster than predict()."""
     batches = np.split(rows, range(FRAME_BATCH, len(rows), FRAME_BATCH))
     with ThreadPoolExecutor(1) as reader:  # reads the next frames meanwhile
-        images = reader.map(frames.__getitem__, batches)
-        return np.concatenate([backbone.predict_on_batch(batch) for batch in images])
+        pixels = reader.map(frames.__getitem__, batches)
+        return np.concatenate([backbone.predict_on_batch(batch) for batch in pixels])
 
 
 def extract_features(backbone, frames, cache=None):
-    """Yields the features (n, F) of all rows of frames, some rows at a time: from the folder
-    cache, where each picture has a file named by its content, or from ResNet50, which then
-    fills it. Raises InputError for a picture that cannot be read, or a file not written."""
+    """Yields the features (n, F) of all rows of frames, some rows at a time. With a folder cache,
+    they come from there if it has them, a file for each frame named by its digest, or else from
+    ResNet50 and are kept there. Raises InputError for a file that cannot be written."""
     folder = open_cache(backbone, cache) if cache else None
-    bar = keras.utils.Progbar(len(frames), unit_name="picture", verbose=len(frames) > 64)
+    files = [f"{digest}.npz" for digest in frames.digests]
+    kept = {path.name for path in folder.glob("*.npz")} & set(files) if folder else set()
+    n_left = sum(file not in kept for file in files)
+    bar = keras.utils.Progbar(n_left, unit_name="frame", verbose=int(n_left > 64))
+    if kept and n_left > 64:
+        print(f"{len(files) - n_left} of {len(files)} are in {cache}, {n_left} are left.")
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
     for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
-        files = [f"{frames.digests[row]}.npz" for row in rows]
         features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
-        for place, file in enumerate(files if folder else []):
-            try:
-                with np.load(folder / file) as kept:
-                    features[place] = kept["features"]
-            except Exception:  # not there yet, or damaged, which .npz files notice
-                pass
+        for place, row in enumerate(rows):
+            with suppress(Exception):  # a damaged file raises many kinds: computed anew below
+                if files[row] in kept:
+                    with np.load(folder / files[row]) as file:
+                        features[place] = file["features"]
         missing = np.flatnonzero(np.isnan(features).any(axis=1))
         if len(missing):
             features[missing] = run_backbone(backbone, frames, rows[missing])
         if folder and len(missing):
-            save = {files[place]: partial(np.savez, features=features[place]) for place in missing}
-            write_files(folder, save)
-        bar.add(len(rows))
+            write_files(folder, {files[rows[place]]: partial(np.savez, features=features[place])
+                                 for place in missing})
+        if n_left:
+            bar.add(sum(files[row] not in kept for row in rows))
         yield features
 
 
-def build_reduction(features):
-    """The end of stage 1: features (F,) -> feature vector (K,). features: of all training
-    pictures and copies (M, F). Returns a model of two layers. After the first, "standardised",
-    training features have lengths of 1 at most, so that what is longer is unfamiliar. The
-    second, "components", gives principal components, on the scale where the mean squared
-    length of the training features is 1: one learning rate for all videos."""
+def build_reduction(frames, copies):
+    """The end of stage 1: features (F,) -> feature vector (K,). frames (M, F), copies (C, F): the
+    features of the training frames and of their jittered copies, which it is fitted to.
+
+    Returns a model of two layers. "standardised" centres the features and divides each by its
+    standard deviation, all on one scale: the median training frame has length 1. So one
+    LEARNING_RATE suits all videos, and a frame whose length is above UNFAMILIAR is unlike those
+    of training. "components" gives the principal components."""
+    features = np.concatenate([frames, copies])
     scaler = preprocessing.StandardScaler().fit(features)
     deviation = np.sqrt(scaler.var_)
-    floor = 0.1 * float(np.median(deviation))  # what hardly varied may one day vary as the rest
+    floor = 0.1 * float(np.median(deviation))  # a feature that hardly varied may do so one day
     deviation = np.maximum(deviation, max(floor, 1e-3))
     deviates = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
-    lengths = np.linalg.norm(deviates, axis=1)
-    longest = max(float(lengths.max()), 1.0)
-    typical = max(float(np.sqrt(np.mean(lengths**2))), 1.0)
+    lengths = np.linalg.norm(deviates[: len(frames)], axis=1)
+    scale = max(float(np.median(lengths)), 1.0)
 
     reduction = keras.Sequential(name="reduction")
     reduction.add(keras.Input((features.shape[1],), name="features"))
-    variance = np.square(deviation * longest)
+    variance = np.square(deviation * scale)
     reduction.add(layers.Normalization(mean=scaler.mean_, variance=variance, name="standardised"))
     if COMPONENTS:
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
         # One power iteration does as well here as the default's, in a third of the time.
-        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED)
-        kernel = pca.fit(deviates).components_.T  # no bias: their mean is 0
+        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED).fit(deviates)
         reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
-        reduction.layers[-1].set_weights([kernel * longest / typical])
-    else:
-        reduction.add(layers.Rescaling(longest / typical, name="components"))
+        reduction.layers[-1].set_weights([pca.components_.T])  # no bias: their mean is 0
     return reduction
 
 
@@ -775,11 +717,11 @@ def build_spatial(backbone, reduction):
 
 
 # == Stages 2 and 3: temporal, regression ========
-def build_temporal(n_components):
-    """Stage 2: feature vectors (T, K = n_components) -> what the LSTM makes of them
+def build_temporal(vector_length):
+    """Stage 2: feature vectors (T, K = vector_length) -> the LSTM's memory of them
     (LSTM_UNITS,)."""
     temporal = keras.Sequential(name="temporal")
-    temporal.add(keras.Input((SEQUENCE_LENGTH, n_components), name="vectors"))
+    temporal.add(keras.Input((SEQUENCE_LENGTH, vector_length), name="vectors"))
     if PROJECTION:
         start = keras.initializers.RandomNormal(stddev=0.01)  # Keras's own grows as K shrinks
         temporal.add(layers.Dense(PROJECTION, kernel_initializer=start, name="projection"))
@@ -791,20 +733,20 @@ def build_temporal(n_components):
 
 
 def build_regression(counts):
-    """Stage 3: (LSTM_UNITS,) -> people in the last picture (1,). Starts at the mean of the
-    training counts (n_train,), in units of their standard deviation."""
+    """Stage 3: memory (LSTM_UNITS,) -> people in the last frame (1,). Starts at the mean of the
+    training counts (n,), in units of their standard deviation."""
     unit, mean = max(float(counts.std()), 1.0), float(counts.mean())
     return keras.Sequential([
         keras.Input((LSTM_UNITS,), name="memory"),
-        layers.Dense(DENSE_UNITS, activation="gelu", name="dense"),  # relu can die
+        layers.Dense(DENSE_UNITS, activation="gelu", name="dense"),  # relu units can die
         layers.Dense(1, name="deviation"),
         layers.Rescaling(unit, mean, name="count"),
     ], name="regression")
 
 
 def build_network(spatial, temporal, regression):
-    """The three stages in a row: windows of frames (T, H, W, 3) uint8 -> people (1,), which are
-    never less than 0."""
+    """The three stages in a row: windows of frames (T, H, W, 3) uint8 -> people (1,), never less
+    than 0."""
     windows = keras.Input((SEQUENCE_LENGTH, *FRAME_SIZE, 3), dtype="uint8", name="windows")
     people = layers.ReLU(name="people")(regression(temporal(spatial(windows))))
     return keras.Model(windows, people, name="ts_crowdnet")
@@ -812,8 +754,8 @@ def build_network(spatial, temporal, regression):
 
 # == Training ========
 def train(model, training, validation=None):
-    """Trains for EPOCHS epochs (the Sequence shuffles); returns the history. Validation is
-    only monitored. The loss is mse / variance of the counts: one rate for all crowds."""
+    """Trains for EPOCHS epochs and returns the history, a DataFrame. Validation is only watched.
+    The loss is mse / variance of the counts, so that one LEARNING_RATE suits all crowds."""
     optimizer = keras.optimizers.get(OPTIMIZER)
     steps = EPOCHS * len(training)
     optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
@@ -824,59 +766,107 @@ def train(model, training, validation=None):
 
 
 def check_trained(predicted, counts):
-    """Raises InputError where a network is of no use on what it was trained on."""
-    variance = max(counts.var(), 1.0)
-    problem = None
-    if not np.isfinite(predicted).all():
-        problem = "its counts are not finite"
-    elif np.mean((predicted - counts) ** 2) > 2 * variance:
-        problem = "it is far worse than the mean count"
-    elif predicted.std() < 1e-5 * counts.std():
-        problem = f"it counts {predicted.mean():.1f} in every picture (are they all alike?)"
-    if problem:
-        remedy = "try a lower LEARNING_RATE; earlier results are left as they were"
-        raise InputError(f"the network did not learn: {problem}; {remedy}")
-    if predicted.std() < 0.01 * counts.std():
-        print(f"Hardly trained: counts of {predicted.min():.1f} to {predicted.max():.1f} in all",
-              "training pictures; more EPOCHS or a higher LEARNING_RATE.")
+    """Raises InputError for a network that counts its own training frames far worse than their
+    mean does."""
+    if not np.mean((predicted - counts) ** 2) <= 2 * max(counts.var(), 1.0):  # true of NaN, too
+        remedy = "try a lower LEARNING_RATE; earlier results stay as they were"
+        raise InputError(f"the network is far worse than always the mean count; {remedy}")
 
 
-# == Evaluation: metrics, figures, results ========
+# == Evaluation: metrics, results, figures ========
 def measure(true, predicted):
-    """Metrics of counts. accuracy: share within TOLERANCE; a true 0 needs one that rounds to 0.
-    mae_standard_error: of fewer than 100 counts."""
+    """Metrics of counts (n,). accuracy is the share within TOLERANCE of the truth; a true 0 needs
+    a count that rounds to 0."""
     error = np.abs(predicted - true)
-    accurate = np.where(true == 0, np.round(predicted) == 0, error <= TOLERANCE * true)
+    is_accurate = np.where(true == 0, np.round(predicted) == 0, error <= TOLERANCE * true)
     mse = np.mean(error**2)
-    metrics = {"mae": error.mean(), "mse": mse, "rmse": mse**0.5, "accuracy": accurate.mean()}
-    if 1 < len(error) < 100:
-        metrics["mae_standard_error"] = scipy.stats.sem(error)
-    return metrics
+    return {"mae": error.mean(), "mse": mse, "rmse": mse**0.5, "accuracy": is_accurate.mean()}
 
 
-def describe(name, metrics):
+def describe_metrics(name, metrics):
     """The metrics in a line."""
     line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
     return line.format(name, TOLERANCE, **metrics)
 
 
+def get_constants():
+    """The constants, as JSON can hold them."""
+    constants = {name: globals()[name] for name in globals() if name.isupper() and name != "ROOT"}
+    return json.loads(json.dumps(constants, default=str))
+
+
+def print_replaced(outputs):
+    """Says which other experiment's results this run will replace, if there are any."""
+    try:
+        earlier = json.loads((outputs / "metrics.json").read_text())["constants"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # there are none, or none of this script
+    now = get_constants()
+    changed = [f"{name} = {value!r}" for name, value in earlier if value != now.get(name)]
+    if changed:
+        print(f"Will replace the results of {shorten(', '.join(changed), 150)} in {outputs}.")
+
+
+def save_results(outputs, model, history, table, run):
+    """Writes all results but the figures, and prints a summary. table: id, frame, split, true,
+    predicted of every label. run: more for metrics.json. Returns (metrics, baseline): baseline is
+    what always the mean training count scores; both are None without validation."""
+    training, validation = (table[table["split"] == split] for split in ("train", "validation"))
+    metrics = baseline = None
+    report = run | {"train_frames": len(training), "validation_frames": len(validation)}
+    if len(validation):
+        metrics = measure(validation["true"], validation["predicted"])
+        baseline = measure(validation["true"], training["true"].mean())
+        report = metrics | {"baseline": baseline} | report
+    report["constants"] = get_constants()
+    report["versions"] = {"python": sys.version, "keras": keras.__version__, "tf": tf.__version__}
+    write_files(outputs, {
+        MODEL: model.save,
+        "history.csv": history.to_csv,
+        "predictions.csv": partial(table.to_csv, index=False, float_format="%.6f",
+                                   errors="surrogateescape"),
+        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2)),
+    })
+    print()
+    if metrics:
+        print(describe_metrics("Validation frames", metrics))
+        print(describe_metrics("Always the mean count", baseline))
+        few = ", which are so few that they tell little" if len(validation) < 20 else ""
+        print(f"These figures are from {len(validation)} frames{few}.")
+    else:
+        print("No label was left to validate: nothing is known of the error on other frames.")
+    return metrics, baseline
+
+
+def name_frames(axis, names):
+    """Writes some of the names below an x axis on which frames are at 0, 1, 2, ..."""
+    names = [str(name) for name in names]
+    axis.set_xlim(-0.5, len(names) - 0.5)
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    names = dict(enumerate(names))
+    axis.xaxis.set_major_formatter(lambda place, _: names.get(place, ""))
+
+
 def draw_loss(history, baseline):
-    """The error by epoch; baseline: the metrics of the mean count."""
-    figure, axes = plt.subplots(figsize=(6, 4))
+    """The error by epoch. baseline: the metrics of the mean count, or None."""
+    figure, axis = plt.subplots(figsize=(6, 4))
     style = {"marker": "o" if len(history) == 1 else None}
-    training = history["mse"] ** 0.5
-    axes.plot(history.index - 0.5, training, label="training: mean over the epoch", **style)
+    axis.plot(history.index, history["mse"] ** 0.5, label="training frames", **style)
     if baseline:
         validation = history["val_mse"] ** 0.5
-        axes.plot(history.index, validation, "--", label="validation: after the epoch", **style)
-        axes.axhline(baseline["rmse"], color="0.5", ls=":", label="validation: the mean count")
-    axes.set(ylim=0, xlabel="Epoch", ylabel="Root of the mean squared error (people)")
-    axes.legend()
+        axis.plot(history.index, validation, "--", label="validation frames", **style)
+        label = "validation frames, always the mean count"
+        axis.axhline(baseline["rmse"], color="0.5", linestyle=":", label=label)
+    axis.set(title="RMSE by epoch", ylim=0, xlabel="Epoch", ylabel="RMSE (people)")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.legend()
     return figure
 
 
-def draw_predictions(validation, title):
-    """True and predicted counts, against each other and over time."""
+def draw_predictions(validation, weights, metrics):
+    """True and predicted counts, against each other and frame by frame."""
+    if validation.empty:
+        return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2))
     counts = validation[["true", "predicted"]].reset_index(drop=True)
     ends = np.array([counts.min().min() - 1, counts.max().max() + 1])
@@ -886,63 +876,69 @@ def draw_predictions(validation, title):
     sns.scatterplot(counts, x="true", y="predicted", s=18, alpha=0.6, ax=left)
     left.set(xlim=ends, ylim=ends, xlabel="True count", ylabel="Predicted count", aspect="equal")
     left.legend()
-    marker = "o" if len(counts) < 50 else None
-    sns.lineplot(counts, linewidth=1, marker=marker, ax=right)
-    right.set(xlabel="Validation picture, in order of time", ylabel="People")
-    figure.suptitle(title)
+    sns.lineplot(counts, linewidth=1, marker="o" if len(counts) < 50 else None, ax=right)
+    name_frames(right, validation["id"])
+    right.set(xlabel="Validation frame: its id in labels.csv", ylabel="People")
+    title = f"{FRAMES}: the last {len(validation)} labelled frames, MAE {metrics['mae']:.2f}"
+    figure.suptitle(f"{title} (ResNet50 weights: {weights})", parse_math=False)
     return figure
 
 
-def draw_examples(validation, paths):
-    """Pictures with their counts. paths: of the pictures in validation."""
-    order = np.abs(validation["predicted"] - validation["true"]).to_numpy().argsort()
-    places = np.unique(np.linspace(0, len(order) - 1, 6, dtype=int))
-    columns = min(len(places), 3)
-    size = {"figsize": (11, 6), "squeeze": False}
-    figure, axes = plt.subplots(math.ceil(len(places) / columns), columns, **size)
+def draw_examples(validation, folder):
+    """Validation frames with their counts: the three largest errors, then three typical ones.
+    folder: where the frames are."""
+    if validation.empty:
+        return None
+    error = validation["predicted"] - validation["true"]
+    order = np.argsort(-np.abs(error.to_numpy()), kind="stable")
+    middle = max(3, len(order) // 2 - 1)
+    figure, axes = plt.subplots(2 if len(order) > 3 else 1, 3, figsize=(11, 6), squeeze=False)
     for axis in axes.flat:
         axis.axis("off")
-    for axis, row in zip(axes.flat, order[places]):
-        axis.imshow(read_image(paths[row]))
+    for axis, row in zip(axes.flat, [*order[:3], *order[middle : middle + 3]]):
         label = validation.iloc[row]
-        axis.set_title(f"{label.id}: true {label.true:g}, predicted {label.predicted:.1f}")
-    figure.suptitle("Validation pictures, from the smallest to the largest error")
+        axis.imshow(read_image(folder / label["frame"]))
+        is_accurate = abs(error.iloc[row]) <= TOLERANCE * label["true"]
+        text = f"{label['id']}: true {label['true']:g}, predicted {label['predicted']:.1f}"
+        axis.set_title(f"{text} ({error.iloc[row]:+.1f})", parse_math=False,
+                       color="tab:green" if is_accurate else "tab:red")
+    figure.suptitle(f"Validation frames: the largest errors, then typical ones"
+                    f" (red: off by more than {TOLERANCE:.0%})")
     return figure
 
 
-def draw_figures(history, table, baseline, paths, title):
-    """The figures of a run, {name: figure}. paths: of the validation pictures, if there are
-    any."""
-    figures = {"loss": draw_loss(history, baseline)}
-    validation = table[table["split"] == "validation"]
-    if len(validation):
-        figures["predictions"] = draw_predictions(validation, title)
-        figures["examples"] = draw_examples(validation, paths)
-    return figures
-
-
-def draw_counts(table):
-    """Counts over new pictures, grey where they are doubtful."""
-    figure, axes = plt.subplots(figsize=(11, 4))
-    axes.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3)
+def draw_counts(table, labels=None):
+    """The counts of new frames. labels: true counts, by the names of frames, of some of them."""
+    figure, axis = plt.subplots(figsize=(11, 4))
+    axis.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3, label="counted")
+    if labels is not None:
+        true = labels.reindex(table.index).to_numpy()
+        axis.plot(true, "o", color="tab:orange", markersize=4, label="labelled")
+    axis.set_ylim(bottom=0)
     doubtful = table["unfamiliar"].fillna(True).to_numpy(float)[np.newaxis]
-    area = (-0.5, len(table) - 0.5, *axes.get_ylim())
-    axes.imshow(doubtful, "Greys", vmin=0, vmax=5, aspect="auto", extent=area)  # light grey
-    axes.set(xlabel="Picture, from 0 (grey: unlike training, or unreadable)", ylabel="People")
+    if doubtful.any():
+        area = (-0.5, len(table) - 0.5, *axis.get_ylim())
+        axis.imshow(doubtful, "Greys", vmin=0, vmax=4, aspect="auto", extent=area)
+        axis.fill_between([], [], color="0.75", label="unlike the training frames, or unreadable")
+    name_frames(axis, table.index)
+    axis.set(title="People in each new frame", xlabel="Frame", ylabel="People")
+    axis.legend()
     return figure
 
 
-def save_figures(folder, files, draw):
-    """Saves what draw() returns, {name: figure}, in the place of the files of an earlier model,
-    and shows it where there is a screen. What fails costs only the figures."""
+def save_figures(folder, figures):
+    """Saves figures {name: function that draws it, or returns None} in the place of those of an
+    earlier model, and shows them where there is a screen. What fails costs only the figures."""
     try:
-        for file in files:
-            (folder / file).unlink(missing_ok=True)
+        for name in figures:
+            for ending in (".png", ".pdf"):
+                (folder / f"{name}{ending}").unlink(missing_ok=True)
         settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.compression": 1}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
-        for name, figure in draw().items():
-            save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
-            write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
+        for name, draw in figures.items():
+            if figure := draw():
+                save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
+                write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
         if plt.get_backend().lower() != "agg":
             plt.show()
         plt.close("all")
@@ -950,194 +946,199 @@ def save_figures(folder, files, draw):
         print(f"Warning: no figures ({shorten(str(error), 200)}).", file=sys.stderr)
 
 
-def save_results(outputs, model, history, table, run):
-    """Writes all results and prints a summary. table: id, split, true, predicted of every
-    label. run: more for metrics.json. Returns (summary, baseline): baseline is what always the
-    mean training count scores, None without validation."""
-    trained_on = table[table["split"] == "train"]
-    validation = table[table["split"] == "validation"]
-    report, baseline = {}, None
-    summary = "No label was left to validate: nothing is known of the error on other pictures."
-    if len(validation):
-        metrics = measure(validation["true"], validation["predicted"])
-        baseline = measure(validation["true"], trained_on["true"].mean())
-        report = metrics | {"baseline": baseline}
-        summary = describe("Validation frames", metrics)
-        summary += "\n" + describe("Always the mean count", baseline)
-    report |= run | {"train_frames": len(trained_on), "validation_frames": len(validation)}
-    report["constants"] = {name: globals()[name] for name in globals() if name.isupper()}
-    report["versions"] = {"python": sys.version, "keras": keras.__version__, "tf": tf.__version__}
-    write_files(outputs, {
-        MODEL: model.save,
-        "history.csv": history.to_csv,
-        "predictions.csv": lambda path: table.to_csv(path, index=False, float_format="%.6f"),
-        "metrics.json": lambda path: path.write_text(json.dumps(report, indent=2, default=str)),
-    })
-    print(f"\n{summary}")
-    if error := report.get("mae_standard_error"):
-        print(f"With {len(validation)} frames, that MAE has a standard error of {error:.3f}.")
-    print(f"ResNet50 weights: {run['weights']}. Results: {outputs}")
-    return summary, baseline
-
-
 # == Counting new footage ========
+@lru_cache(maxsize=1)
+def load_model(path, _):
+    """The model in a file. The second argument, when the file was written, tells files apart."""
+    return keras.saving.load_model(path, compile=False)
+
+
 def load_stages(model):
     """(backbone, reduction, temporal, regression) of a model or of its file. Raises
     InputError."""
     loaded = model
-    if isinstance(model, (str, Path)) and not Path(model).expanduser().is_file():
-        raise InputError(f"{model}: no such file; train a model first")
     try:
         if isinstance(model, (str, Path)):
-            loaded = keras.saving.load_model(Path(model).expanduser(), compile=False)
+            path = Path(model).expanduser()
+            loaded = load_model(path, path.stat().st_mtime_ns)
         encoder = loaded.get_layer("spatial").layer
         inner = [encoder.get_layer(name) for name in ("backbone", "reduction")]
         return [*inner, *(loaded.get_layer(name) for name in ("temporal", "regression"))]
-    except Exception as error:  # of many kinds
-        problem = f"damaged, or not written by this script with Keras {keras.__version__}"
-        try:
-            with zipfile.ZipFile(Path(model).expanduser()) as file:
-                problem += f" but with {json.loads(file.read('metadata.json'))['keras_version']}"
-        except Exception:  # no .keras file
-            pass
+    except FileNotFoundError as error:
+        raise InputError(f"{model}: no such file; train a model first") from error
+    except Exception as error:  # Keras raises many kinds
+        problem = f"cannot be opened with Keras {keras.__version__} as a model of this script"
         reason = shorten(str(error), 200)
-        raise InputError(f"{model}: {problem}; train a model first ({reason})") from error
+        raise InputError(f"{model}: {problem} ({reason}); train a model first") from error
 
 
 def list_sources(frames):
-    """What count_people counts, as a list of paths and arrays. Raises InputError."""
-    problem = "no frames to count"
+    """(names, sources) of what count_people counts, see there. Raises InputError."""
     if isinstance(frames, (str, Path)):
         path = Path(frames).expanduser()
-        is_picture = path.is_file() and path.suffix.lower() in PICTURES
-        sources = [path] if is_picture else list_pictures(path)
-        if not path.exists():
-            problem = "no such folder or picture"
-        elif not sources:
-            below = [str(other) for other in path.glob("*") if list_pictures(other)]
-            problem += f", but in {min(below)} there are" if below else ""
-    else:
-        sources = []
-        for frame in frames:
-            is_path = isinstance(frame, (str, Path))
-            sources.append(Path(frame).expanduser() if is_path else np.asarray(frame))
+        if path.is_file() and path.name.lower().endswith(FRAME_ENDINGS):
+            return [path.name], [path]
+        names, _ = list_frames(path)
+        return names, [path / name for name in names]
+    names, sources = [], []
+    for frame in frames:
+        is_path = isinstance(frame, (str, Path))
+        names.append(Path(frame).as_posix() if is_path else len(names))
+        sources.append(Path(frame).expanduser() if is_path else np.array(frame))  # a copy
     if not sources:
-        remedy = "to take some out of a video: ffmpeg -i VIDEO -vf fps=1 -q:v 2 FOLDER/%06d.jpg"
-        raise InputError(f"{frames}: {problem}; {remedy}")
-    return sources
+        raise InputError("no frames to count: the list is empty")
+    return names, sources
 
 
 def count_people(model, frames, cache=None):
-    """Counts the people in new pictures of the camera that a model was trained on.
+    """Counts the people in new frames of the camera that a model was trained on.
 
-    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, a picture, or
-    paths or uint8 RGB arrays (H, W, 3), about at the frame rate of training; their windows go
-    by find_times. cache: a folder for ResNet50's features, so that no picture is read twice.
-    Returns a DataFrame, a row a picture, indexed by file name: count, and unfamiliar, True for
-    a picture unlike all training pictures; both empty where it cannot be read. Shows how far it
-    is where there are more than 64. Raises InputError."""
-    sources = list_sources(frames)
+    model: path of a ts_crowdnet.keras, or the loaded model. frames: a folder, as FRAMES; a frame;
+    or an iterable of paths or of uint8 RGB arrays (H, W, 3), in order. cache: a folder for what
+    ResNet50 computes, so that no frame is read twice. Returns a DataFrame with a row for each
+    frame, indexed by its path in the folder, its path as given, or its number: count, and
+    unfamiliar, True where a frame is unlike the training frames; both empty where it cannot be
+    read. Shows progress for more than 64 frames. Raises InputError."""
+    names, sources = list_sources(frames)
     backbone, reduction, temporal, regression = load_stages(model)
     cache = Path(cache).expanduser() if cache else None
-    digests, problem = digest_pictures(sources, cache)
-    readable = [row for row, digest in enumerate(digests) if digest]
-    if not readable:
-        where = f"{frames}: " if isinstance(frames, (str, Path)) else ""
-        raise InputError(f"{where}no frames to count ({problem})")
+    checked = check_frames(sources, cache)
+    readable = np.flatnonzero(checked["problem"].isna())
     if len(readable) < len(sources):
+        problem = describe_problems(checked)
+        if not len(readable):
+            raise InputError(problem)
         print(f"{problem}; their counts stay empty.")
 
     size = backbone.input_shape[1:3]
-    chosen = [(sources[row], digests[row]) for row in readable]
-    pictures = Frames(*zip(*chosen), size)
-    standardise, reduce = reduction.layers
+    digests = checked["digest"][readable].tolist()
+    readable_frames = Frames([sources[row] for row in readable], digests, size)
     lengths, vectors = [], []
-    for features in extract_features(backbone, pictures, cache):
-        standardised = standardise(features)
+    for features in extract_features(backbone, readable_frames, cache):  # (n, F)
+        standardised = reduction.get_layer("standardised")(features)
         lengths.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
-        vectors.append(ops.convert_to_numpy(reduce(standardised)))
-    vectors = np.concatenate(vectors)
-    times = find_times(sources)  # of the unreadable, too: they leave a break
-    windows = make_windows([times[row] for row in readable], temporal.input_shape[1])
-    if isinstance(frames, (str, Path)):
-        print(describe_windows(windows))
+        vectors.append(ops.convert_to_numpy(reduction(features)))
+    vectors = np.concatenate(vectors)  # (P, K)
+    clip_starts = find_clip_starts([names[row] for row in readable])
+    windows = make_windows(np.arange(len(vectors)), clip_starts, temporal.input_shape[1])
     people = []
-    for rows in np.split(windows, range(1000, len(windows), 1000)):
-        people.append(regression.predict_on_batch(temporal.predict_on_batch(vectors[rows])))
-    counts = np.maximum(np.concatenate(people)[:, 0], 0)
-    unfamiliar = pd.array(np.concatenate(lengths) > UNFAMILIAR)
+    for rows in np.array_split(windows, math.ceil(len(windows) / 1000)):
+        # Called directly: predict() would compile anew for each new number of windows.
+        people.append(ops.convert_to_numpy(regression(temporal(vectors[rows]))))
+    counts = np.maximum(np.concatenate(people)[:, 0], 0).astype(float)
+    unfamiliar = pd.array(np.concatenate(lengths) > UNFAMILIAR, "boolean")
     table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=readable)
-    table = table.reindex(range(len(sources)))
-    names = [getattr(source, "name", row) for row, source in enumerate(sources)]
-    return table.set_axis(pd.Index(names, name="frame"))
+    return table.reindex(range(len(sources))).set_axis(pd.Index(names, name="frame"))
 
 
 def count_folder():
-    """The COUNT mode: counts.csv and a figure in OUTPUTS, from the model there."""
-    started, outputs = time.time(), at(OUTPUTS)
-    model = outputs / MODEL
-    figures, cache = ("counts.png", "counts.pdf"), None
-    if outputs.is_dir():  # else there is no model, which count_people says
-        prepare_folder(outputs, "OUTPUTS", ("counts.csv", *figures))
-        cache = prepare_cache()
-    table = count_people(model, at(COUNT), cache)
+    """What the script does with COUNT: writes counts.csv and a figure into OUTPUTS."""
+    started, outputs = time.time(), resolve_path(OUTPUTS)
+    load_stages(outputs / MODEL)  # before any folder is made
+    prepare_folder(outputs, "OUTPUTS")
+    cache = prepare_folder(resolve_path(CACHE), "CACHE") if CACHE_FEATURES else None
+    table = count_people(outputs / MODEL, resolve_path(COUNT), cache)
     save_counts = partial(table.to_csv, float_format="%.3f", errors="surrogateescape")
     write_files(outputs, {"counts.csv": save_counts})
-    n_unfamiliar = table["unfamiliar"].sum()
-    print(f"{table['count'].mean():.1f} people on average; {n_unfamiliar} of {len(table)} frames",
-          "look unlike all training frames" + (": doubt those." if n_unfamiliar else "."))
-    save_figures(outputs, figures, lambda: {"counts": draw_counts(table)})
-    sweep(started)
+    labels = None
+    if resolve_path(COUNT).resolve() == resolve_path(FRAMES).resolve():
+        with suppress(OSError, ValueError, LookupError):  # the figure can go without them
+            labels = pd.read_csv(outputs / "predictions.csv", index_col="frame")["true"]
+    save_figures(outputs, {"counts": partial(draw_counts, table, labels)})
+    is_familiar = ~table["unfamiliar"].fillna(True).astype(bool)
+    n_doubtful = int(table["unfamiliar"].sum())
+    print(f"{table['count'][is_familiar].mean():.1f} people on average;",
+          f"{n_doubtful} of {len(table)} frames look unlike the training frames"
+          + (": doubt their counts, which that leaves out." if n_doubtful else "."))
+    print(f"Done in {time.time() - started:.0f} s. Open {outputs / 'counts.png'} and counts.csv.")
 
 
 # == Main ========
 def load_data():
-    """Labels and the windows they make. Returns (table: id, split, true of the N labels in time
-    order; paths (P,) of the pictures in their windows; windows (N, T), rows of paths). Raises
+    """Labels, frames and windows. Returns (table: id, frame, split, true of the N labels, in the
+    order of their frames; names (P,) of the frames that the windows show; windows (N, T), rows
+    of these names; clip_starts (N,), the row at which each window's clip begins). Raises
     InputError."""
-    labels = read_labels(at(LABELS))
-    n_empty = int(labels.isna().sum())
-    labels = labels.dropna()
-    n, n_train = len(labels), round(len(labels) * TRAIN_FRACTION)
+    file, folder = resolve_path(LABELS), resolve_path(FRAMES)
+    labels = read_labels(file)
+    all_names, others = list_frames(folder)
+    counted = labels.dropna()
+    if counted.empty:
+        first = all_names[:3]
+        if len(labels):
+            first = [all_names[row] for row in match_labels(labels[:3], all_names, others)]
+        first = ", ".join(first)
+        raise InputError(f"{file}: no frame has a count yet; count the people in {first} first")
+    n, n_train = len(counted), round(len(counted) * TRAIN_FRACTION)
     if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
         problem = f"{TRAIN_FRACTION = } lets {n_train} train and {n - n_train} validate"
-        remedy = "change it, or write the counts of more pictures"
-        raise InputError(f"{at(LABELS)} has {n} labels: {problem}; {remedy}")
-    found = list_pictures(at(FRAMES))
-    rows = find_labelled(found, labels.index)
-    times = find_times(found)
-    order = np.argsort([times[row] for row in rows])
-    windows = make_windows(times, SEQUENCE_LENGTH)[rows[order]]
-    used, places = np.unique(windows, return_inverse=True)
+        remedy = "change it, or write the counts of more frames"
+        raise InputError(f"{file} has {n} labels: {problem}; {remedy}")
+    counted = counted.assign(row=match_labels(counted, all_names, others)).sort_values("row")
+    ends, counts = counted["row"].to_numpy(), counted["count"].to_numpy()
+    table = pd.DataFrame({
+        "id": counted["id"].to_numpy(),
+        "frame": [all_names[row] for row in ends],
+        "split": np.where(np.arange(n) < n_train, "train", "validation"),
+        "true": counts.astype(int) if (counts % 1 == 0).all() else counts,
+    })
+
+    # Windows first hold rows of all_names (N, T), then, of only the names that they show, (P,).
+    all_rows = make_windows(ends, find_clip_starts(all_names)[ends], SEQUENCE_LENGTH)
+    shown, windows = np.unique(all_rows, return_inverse=True)
+    windows = windows.reshape(all_rows.shape)
+    names = [all_names[row] for row in shown]
+    clip_starts = find_clip_starts(names)[windows[:, -1]]
 
     rest = f"the last {n - n_train} validate" if n > n_train else "none is left to validate"
-    print(f"{len(found)} pictures, {n} labels: the first {n_train} train, {rest};",
-          f"{len(used)} pictures read.",
-          f"{len(found) - n} pictures have no label, {n_empty} rows no count.")
-    print(describe_windows(windows))
-    labels = labels.iloc[order]
-    counts = labels.astype(int) if (labels % 1 == 0).all() else labels
-    split = np.where(np.arange(n) < n_train, "train", "validation")
-    table = pd.DataFrame({"id": labels.index, "split": split, "true": counts.to_numpy()})
-    return table, [found[row] for row in used], places.reshape(windows.shape)
+    print(f"{len(all_names)} frames, {n} labels: the first {n_train} train, {rest}.")
+    if len(names) < len(all_names):
+        print(f"The windows of these labels show {len(names)} of the frames.")
+    if n_uncounted := len(labels) - n:
+        print(f"{n_uncounted} rows of {LABELS} have no count yet.")
+    return table, names, windows, clip_starts
 
 
-def check_pictures(paths, table, cache):
-    """The digests of the pictures to be read (P,). Raises InputError for one that cannot be
-    read, or where they are not those that the labels in table are of."""
-    digests, problem = digest_pictures(paths, cache)
-    if None in digests:
-        raise InputError(f"{at(FRAMES)}: {problem}; replace them")
+def check_data(paths, table, cache):
+    """Reads the frames at paths (P,) once and returns their digests (P,). Prints what distorts
+    them. Raises InputError for frames that cannot be read, and for the sample's labels beside
+    other frames."""
+    checked = check_frames(paths, cache)
+    if checked["problem"].notna().any():
+        raise InputError(f"{resolve_path(FRAMES)}: {describe_problems(checked)}; replace them")
     if b"synthetic mall sample" in paths[0].read_bytes():
-        print("The pictures are rendered; the README tells how to use real ones.")
+        print("These frames are rendered; the README tells how to use real ones.")
     elif hashlib.md5(table["true"].to_numpy(float).tobytes()).hexdigest() == SAMPLE_COUNTS:
-        raise InputError(f"{at(LABELS)}: labels of the sample, not of these pictures; set LABELS")
-    (height, width), image = FRAME_SIZE, read_image(paths[0])
-    shape = image.width / image.height
-    if not 0.9 < shape * height / width < 1.1:
-        fitting = (height, round(height * shape))
-        print(f"Distorts {image.width}x{image.height}; FRAME_SIZE = {fitting} keeps their shape.")
-    return digests
+        problem = "labels of the sample, not of these frames"
+        raise InputError(f"{resolve_path(LABELS)}: {problem}; correct LABELS")
+    if n_pages := int((checked["pages"] - 1).sum()):
+        print(f"Left out: {n_pages} further pages of TIFF files.")
+    height, width = FRAME_SIZE
+    shape = (checked["width"] / checked["height"]).astype(float)
+    distorted = checked[~(shape * height / width).between(0.9, 1.1)]
+    if len(distorted):
+        sizes = distorted.value_counts(["width", "height"])
+        (most_width, most_height), *_ = sizes.index
+        fitting = (height, round(height * most_width / most_height))
+        print(f"FRAME_SIZE = {FRAME_SIZE} distorts {len(distorted)} of {len(paths)} frames, such as"
+              f" those of {most_width}x{most_height}; FRAME_SIZE = {fitting} keeps their shape.")
+    return checked["digest"].tolist()
+
+
+def check_split(table, digests):
+    """Prints why the validation metrics may mislead. table: frame, split, true of the N labels;
+    digests (N,) of their frames."""
+    is_train = table["split"] == "train"
+    digests = pd.Series(digests)
+    n_known = int(digests[~is_train].isin(digests[is_train]).sum())
+    if n_known:
+        print(f"{n_known} validation frames are copies of training frames, byte for byte:",
+              "the metrics look better than they are.")
+    highest = table["true"][is_train].max()
+    n_above = int((table["true"][~is_train] > highest).sum())
+    if n_above:
+        print(f"{n_above} of {(~is_train).sum()} validation counts are above {highest:g}, the",
+              "highest in training: expect predictions that are too low.")
 
 
 def main():
@@ -1148,19 +1149,27 @@ def main():
     started = time.time()
     keras.config.set_image_data_format("channels_last")
 
-    # Data: N windows of T of P pictures, some of which have copies.
-    table, paths, windows = load_data()
-    counts = table["true"].to_numpy(float)
+    # Data: N windows of T of P frames; C of the frames have a jittered copy.
+    table, names, windows, clip_starts = load_data()
+    counts = table["true"].to_numpy(float)  # (N,)
     n_train = int((table["split"] == "train").sum())
-    outputs = prepare_folder(at(OUTPUTS), "OUTPUTS", RESULTS + FIGURES)
-    cache = prepare_cache()
-    digests = check_pictures(paths, table, cache)
-    frames = Frames(paths, digests, FRAME_SIZE, np.unique(windows[:n_train]))
+    outputs = prepare_folder(resolve_path(OUTPUTS), "OUTPUTS")
+    print_replaced(outputs)
+    cache = prepare_folder(resolve_path(CACHE), "CACHE") if CACHE_FEATURES else None
+    paths = [resolve_path(FRAMES) / name for name in names]
+    digests = check_data(paths, table, cache)  # (P,)
+    check_split(table, [digests[row] for row in windows[:, -1]])
+    training_rows = np.unique(windows[:n_train])  # of the frames that training windows show
+    copied = choose_copied(digests, windows[:n_train, -1])  # (C,)
+    frames = Frames(paths, digests, FRAME_SIZE, copied)
 
-    # Stage 1, spatial: frozen ResNet50, PCA of the training pictures.
-    backbone, weights = build_backbone(frames)
+    # Stage 1, spatial: frozen ResNet50, then PCA, fitted to the training frames.
+    device, precision = choose_precision()
+    backbone, weights = build_backbone(frames[training_rows[:2]], precision)
+    print(f"ResNet50 ({weights}; {precision}; {device}) reads {len(frames)} images:",
+          f"{len(names)} frames and {len(copied)} jittered copies.")
     features = np.concatenate(list(extract_features(backbone, frames, cache)))  # (P + C, F)
-    reduction = build_reduction(features[frames.trained_on])
+    reduction = build_reduction(features[training_rows], features[len(names) :])
     spatial = build_spatial(backbone, reduction)
 
     # Stages 2 and 3, temporal and regression, train.
@@ -1168,42 +1177,53 @@ def main():
     vectors = reduction.predict(features, batch_size=256, verbose=0)  # (P + C, K)
     temporal = build_temporal(vectors.shape[1])
     regression = build_regression(counts[:n_train])
-    batch_size = min(BATCH_SIZE, math.ceil(n_train / 4))  # small sets need the steps
-    stages, images, at_once = [temporal, regression], vectors, 512
-    if not CACHE_FEATURES:
-        stages, images, at_once = [spatial, temporal, regression], frames, batch_size
-    model = keras.Sequential(stages)
-    training = WindowSequence(images, windows[:n_train], counts[:n_train], batch_size,
-                              shuffle=True, copy_of=frames.copy_of)
-    validation = None
-    if n_train < len(table):
-        validation = WindowSequence(images, windows[n_train:], counts[n_train:], at_once)
+    batch_size = min(BATCH_SIZE, math.ceil(n_train / 4))  # few labels still need enough steps
+    if CACHE_FEATURES:
+        model, frame_data, eval_batch_size = keras.Sequential([temporal, regression]), vectors, 512
+    else:
+        model = keras.Sequential([spatial, temporal, regression])
+        frame_data, eval_batch_size = frames, batch_size
+    draw = partial(draw_windows, clip_starts=clip_starts[:n_train], copy_of=frames.copy_of)
+    training = WindowSequence(frame_data, windows[:n_train], counts[:n_train], batch_size, draw)
+    feed = partial(WindowSequence, frame_data, batch_size=eval_batch_size)
+    validation = feed(windows[n_train:], counts[n_train:]) if n_train < len(table) else None
     history = train(model, training, validation)
 
-    # The whole network, and the count of every label's picture.
-    everything = WindowSequence(images, windows, counts, at_once)
-    predicted = model.predict(everything, verbose=0)[:, 0]
+    # Evaluation: the count of every labelled frame.
+    everything = feed(windows, counts)
+    predicted = model.predict(everything, verbose=0)[:, 0]  # (N,)
     check_trained(predicted[:n_train], counts[:n_train])
     table["predicted"] = np.maximum(predicted, 0)
     network = build_network(spatial, temporal, regression)
-    run = {"weights": weights, "precision": choose_precision(), "device": describe_device()[0],
+    run = {"weights": weights, "precision": precision, "device": device,
            "features": features.shape[1], "components": vectors.shape[1]}
-    summary, baseline = save_results(outputs, network, history, table, run)
-    validated = [paths[row] for row in windows[n_train:, -1]]
-    draw = partial(draw_figures, history, table, baseline, validated, summary)
-    save_figures(outputs, FIGURES, draw)
-    sweep(started)
+    metrics, baseline = save_results(outputs, network, history, table, run)
+    validated = table[table["split"] == "validation"]
+    save_figures(outputs, {
+        "loss": partial(draw_loss, history, baseline),
+        "predictions": partial(draw_predictions, validated, weights, metrics),
+        "examples": partial(draw_examples, validated, resolve_path(FRAMES)),
+    })
+    print(f"Done in {time.time() - started:.0f} s. Open {outputs}:",
+          "predictions.png and examples.png show how well it counts.")
 
 
 def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
-    tf.get_logger().setLevel("ERROR")  # quiet about a last, smaller batch
+    tf.get_logger().setLevel("ERROR")  # else TensorFlow remarks on a last, smaller batch
+    if len(sys.argv) > 1:
+        name = Path(__file__).name
+        print(f"{name} takes no arguments: edit the constants at its top.", file=sys.stderr)
+        sys.exit(2)
     try:
         main()
     except (InputError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
         sys.exit(shorten(f"Error: {error}", 500))
+    except KeyboardInterrupt:
+        print("\nStopped; the same command goes on where it was.", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The script as a user runs it, its files, its cache, reproducibility and resumption."""
+"""The script as a user runs it: its output, its files, figures, Ctrl-C, kills, other back ends."""
 
 import importlib.util
 import json
@@ -9,39 +9,46 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import SCRIPT, TINY, edited_copy, results, start
+from conftest import (
+    README, RESNET50, SCRIPT, TESTS, TINY, edited_copy, frame_paths, make_video, results, start, without_tensorflow,
+)  # fmt: skip
 
 FIGURES = {f"{name}.{kind}" for name in ("loss", "predictions", "examples") for kind in ("png", "pdf")}
 RESULTS = FIGURES | {"ts_crowdnet.keras", "history.csv", "predictions.csv", "metrics.json"}
 
 
-@pytest.mark.beside("user")
-def test_a_user_runs_the_script(beside):
-    """From another folder, in a process of its own."""
-    folder, done = beside()
-    assert done.returncode == 0 and done.stderr == "", "quiet: no word of TensorFlow's, no warnings"
+def test_a_user_runs_the_script(tmp_path):
+    """From another folder, in a process of its own: the whole ResNet50, in TensorFlow's graph, and
+    all constants as shipped but for the size of frames, the weights and the number of epochs."""
+    folder = make_video(tmp_path)
+    script = edited_copy(folder, FRAME_SIZE=(48, 64), WEIGHTS=None, EPOCHS=2)
+    done = start([script], cwd="/")
+    assert done.returncode == 0 and without_tensorflow(done.stderr) == [], "no warnings"
     outputs = folder / "outputs"
     assert {path.name for path in outputs.iterdir()} == RESULTS
-    assert len(list((folder / "feature_cache").rglob("*.npz"))) == 20 + 4, "a file for each picture and copy"
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("20 pictures, 20 labels: the first 16 train, the last 4 validate; 20 pictures read.")
-    assert lines[1] == "20 windows, 16 of them whole." and f"{folder / 'feature_cache'} (" in lines[2] and "CPU" in lines[3]
+    assert len(list((folder / "feature_cache").rglob("*.npz"))) == 20 + 4
+    said = done.stdout
+    assert said.startswith("Loading TensorFlow ...\n")
+    assert "20 frames, 20 labels: the first 16 train, the last 4 validate." in said
+    assert "ResNet50 (random; " in said and "20 frames and 4 jittered copies" in said
+    assert f"Open {outputs}" in said and "predictions.png" in said
 
     metrics, table = results(outputs)
     labels = pd.read_csv(folder / "labels.csv")
-    assert list(table.columns) == ["id", "split", "true", "predicted"]
-    assert table["id"].tolist() == labels["id"].tolist() and table["true"].tolist() == labels["count"].tolist()
+    assert list(table.columns) == ["id", "frame", "split", "true", "predicted"]
+    assert table["id"].tolist() == labels["id"].tolist()
+    assert table["true"].tolist() == labels["count"].tolist()
+    assert table["frame"].tolist() == [f"seq_{number:06d}.jpg" for number in range(1, 21)]
     assert table["split"].tolist() == ["train"] * 16 + ["validation"] * 4
 
     held_out = table[table["split"] == "validation"]
@@ -56,17 +63,16 @@ def test_a_user_runs_the_script(beside):
     }
     for name, value in expected.items():
         assert metrics[name] == pytest.approx(value, abs=1e-5), name
-    assert metrics["baseline"]["mae"] == pytest.approx((held_out["true"] - table["true"][:16].mean()).abs().mean())
-    assert metrics["weights"] == "random" and metrics["precision"] == "float32" and metrics["features"] > 0
-    assert metrics["versions"]["keras"] == keras.__version__ and metrics["versions"]["python"] == sys.version
-    constants = {name for name in re.findall(r"^([A-Z0-9_]+) = ", SCRIPT.read_text(), re.MULTILINE)}
-    assert set(metrics["constants"]) == constants
+    mean_error = (held_out["true"] - table["true"][:16].mean()).abs().mean()
+    assert metrics["baseline"]["mae"] == pytest.approx(mean_error)
+    assert metrics["weights"] == "random" and metrics["constants"]["EPOCHS"] == 2
+    assert metrics["versions"]["keras"] == keras.__version__
 
-    said = re.search("^Validation frames: MAE (.*), MSE (.*), RMSE (.*), within 20%: (.*)%$", done.stdout, re.MULTILINE)
-    for name, value in zip(("mae", "mse", "rmse"), said.groups()):
+    number = r"([\d.]+)"
+    line = f"Validation frames: MAE {number}, MSE {number}, RMSE {number}, within 20%: {number}%"
+    for name, value in zip(("mae", "mse", "rmse"), re.search(line, said).groups()):
         assert float(value) == pytest.approx(metrics[name], abs=6e-4)
-    assert float(said[4]) == pytest.approx(100 * metrics["accuracy"], abs=0.06)
-    assert f"a standard error of {metrics['mae_standard_error']:.3f}" in done.stdout
+    assert "Always the mean count: MAE" in said and "from 4 frames" in said and "tell little" in said
     history = pd.read_csv(outputs / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and {"loss", "val_loss"} <= set(history.columns)
     for name in RESULTS:
@@ -77,13 +83,36 @@ def test_a_user_runs_the_script(beside):
                 assert min(image.size) > 300
 
 
+def test_bad_input_is_one_line_and_exit_status_1(tmp_path):
+    done = start([edited_copy(tmp_path, LABELS="none.csv")], tmp_path)
+    (line,) = without_tensorflow(done.stderr)
+    assert done.returncode == 1 and line.startswith("Error: ") and "none.csv" in line
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_importing_does_nothing(tmp_path):
+    """And says nothing of its own; a GPU that is not there alarms nobody."""
+    shutil.copy(SCRIPT, tmp_path)
+    code = "import tscrowdnet_train as ts; import tensorflow; tensorflow.config.list_physical_devices(); print(ts.EPOCHS)"
+    done = start(["-B", "-c", code], tmp_path)
+    assert done.stdout == "50\n" and without_tensorflow(done.stderr) == []
+    assert [path.name for path in tmp_path.iterdir()] == [SCRIPT.name]
+
+
+def test_a_notebooks_back_end_does_not_stop_a_script(tmp_path):
+    """!python tscrowdnet_train.py, in an environment of its own."""
+    script = edited_copy(tmp_path, LABELS="none.csv")
+    done = start([script], tmp_path, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 1 and "none.csv" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_other_backends_give_the_same_metrics(video, backend):
-    """From the same ResNet50 weights, within 1%: the LSTM starts elsewhere, so it learns slowly here, and without noise."""
-    same = {"WEIGHTS": "resnet50.weights.h5", "FEATURE_LAYERS": {"conv1_relu": (3, 4)}, "LEARNING_RATE": 1e-3}
+    """From the same ResNet50 weights, within 1%: the LSTM starts elsewhere, so it learns slowly."""
     if not importlib.util.find_spec(backend):
         pytest.skip(f"{backend} is not installed")
-    keras.applications.ResNet50(include_top=False, weights=None, input_shape=(48, 64, 3)).save_weights(video / "resnet50.weights.h5")
+    same = {"WEIGHTS": "resnet50.weights.h5", "FEATURE_LAYERS": {"conv1_relu": (3, 4)}, "LEARNING_RATE": 1e-3}
+    RESNET50(include_top=False, weights=None, input_shape=(48, 64, 3)).save_weights(video / "resnet50.weights.h5")
     maes = []
     for name in (keras.backend.backend(), backend):
         script = edited_copy(video, **TINY | same | {"OUTPUTS": name})
@@ -93,409 +122,93 @@ def test_other_backends_give_the_same_metrics(video, backend):
     assert maes[1] == pytest.approx(maes[0], rel=0.01)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_ctrl_c_ends_the_process_quietly_while_libraries_are_imported(video):
-    """At moments after NumPy is loaded, which is when the script's own first lines have run, however busy the machine is."""
-    script = edited_copy(video, **TINY)
-    processes = [subprocess.Popen([sys.executable, script], stdout=-1, stderr=-1, text=True) for _ in range(4)]
-    for seconds, process in zip((0, 0.3, 0.8, 1.6), processes):
-        maps = Path(f"/proc/{process.pid}/maps")
-        while maps.exists() and process.poll() is None and "numpy" not in maps.read_text():
-            time.sleep(0.02)
-        time.sleep(seconds if maps.exists() else seconds + 2)
-        process.send_signal(signal.SIGINT)
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGINT and errors == ""
+# -- Interruptions
 
 
-def test_same_seed_same_digits_and_another_seed_another_model(finished, run):
-    first, table = results(finished / "outputs")
-    second, again = run(OUTPUTS="again")
-    other, changed = run(OUTPUTS="other", SEED=1)
-    assert (table["predicted"] == again["predicted"]).all() and second["mae"] == first["mae"]
-    assert (table["predicted"] != changed["predicted"]).any() and other["mae"] != first["mae"]
+def test_ctrl_c_is_one_line_and_the_run_goes_on_later(video):
+    """In a process of its own, once it trains."""
+    script = edited_copy(video, **TINY | {"EPOCHS": 10_000})
+    process = subprocess.Popen([sys.executable, script], stdout=-1, stderr=-1, text=True)
+    for line in process.stdout:
+        if line.startswith("Epoch 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    said = [line for line in without_tensorflow(errors) if line]
+    assert said == ["Stopped; the same command goes on where it was."]
+    assert len(list((video / "feature_cache").rglob("*.npz"))) == 24
 
 
-def stop(*_, **__):
-    raise KeyboardInterrupt
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_random_moments_a_run_ends_with_the_same_digits(first_run, tmp_path):
+    done = start([TESTS / "tools" / "killed_runs.py", make_video(tmp_path / "video")], tmp_path)
+    assert done.stdout == "finished\n", done.stderr
+    assert "Traceback" not in done.stderr
+    for name in ("predictions.csv", "history.csv"):
+        folders = (first_run, tmp_path / "video")
+        undisturbed, disturbed = (pd.read_csv(folder / "outputs" / name) for folder in folders)
+        assert undisturbed.equals(disturbed), name
+    assert not list((tmp_path / "video" / "outputs").glob(".new-*")), "leftovers are overwritten"
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """How many pictures and copies pass ResNet50."""
-    rows, load = [], ts.Frames.load
-    monkeypatch.setattr(ts.Frames, "load", lambda frames, row: rows.append(row) or load(frames, row))
-    return rows
-
-
-SHARED = {  # what changes: (constants, how many pictures and copies are read for it)
-    "nothing": ({}, 0),
-    "another folder for the results": ({"OUTPUTS": "other"}, 0),
-    "stages that learn": ({"LSTM_UNITS": 3, "EPOCHS": 1, "PROJECTION": 0, "COMPONENTS": 3}, 0),
-    "fewer frames at once": ({"FRAME_BATCH": 1}, 0),
-    "fewer training labels": ({"TRAIN_FRACTION": 0.5}, 0),
-    "all labels": ({"TRAIN_FRACTION": 1}, 1),
-    "no copies": ({"AUGMENT": 0}, 0),
-    "copies of all": ({"AUGMENT": 1}, 12),
-    "size": ({"FRAME_SIZE": (50, 64)}, 24),
-    "precision": ({"PRECISION": "mixed_bfloat16"}, 24),
-    "grid": ({"FEATURE_LAYERS_RANDOM": {"conv1_relu": (1, 1)}}, 24),
-    "the seed, of random weights": ({"SEED": 5}, 24),
-}
-
-
-@pytest.mark.parametrize("case", SHARED)
-def test_experiments_share_the_features_of_pictures(case, finished, run, computed, monkeypatch):
-    changes, expected = SHARED[case]
-    before = {path: path.read_bytes() for path in (finished / "feature_cache").rglob("*.npz")}
-    run(**changes)
-    assert len(computed) - 2 == expected, "but for 2 that calibrate random weights"
-    assert all(path.read_bytes() == content for path, content in before.items()), "nothing is deleted"
-
-
-def test_the_seed_does_not_matter_to_trained_weights(video, run, computed, constants):
-    ts.keras.applications.ResNet50(False, None, (48, 64, 3)).save_weights(video / "resnet50.weights.h5")
-    trained = {"WEIGHTS": "resnet50.weights.h5", "FEATURE_LAYERS": {"conv1_relu": (3, 4)}}
-    run(**trained)
-    computed.clear()
-    run(SEED=5, OUTPUTS="other", **trained)
-    assert not computed
-
-
-def test_features_belong_to_a_pictures_content(finished, run, computed):
-    """Not to its name or time; a picture that is new is read alone."""
-    folder = finished / "frames" / "frames"
-    for path in folder.iterdir():
-        path.rename(path.with_name(f"img{path.stem[4:]}.jpeg"))
-    _, table = run(EPOCHS=1)
-    assert len(computed) == 2
-    shutil.copy(folder / "img000002.jpeg", folder / "img000018.jpeg")
-    Image.new("RGB", (64, 48)).save(folder / "img000019.jpeg")
-    computed.clear()
-    run(EPOCHS=1)
-    assert computed[2:] == [18]
-
-
-def test_damaged_features_are_made_anew(finished, run, computed):
-    _, expected = results(finished / "outputs")
-    paths = sorted((finished / "feature_cache").rglob("*.npz"))
-    whole = {path: np.load(path)["features"] for path in paths}
-    cut, missing, empty, random, zeros, short, not_a_number, no_archive, *_ = paths
-    cut.write_bytes(cut.read_bytes()[:200])
-    missing.unlink()
-    empty.write_bytes(b"")
-    random.write_bytes(os.urandom(500))
-    data = zeros.read_bytes()
-    zeros.write_bytes(data[:500] + bytes(300) + data[800:])
-    np.savez(short, features=whole[short][:5])
-    np.savez(not_a_number, features=whole[not_a_number] * np.nan)
-    with no_archive.open("wb") as file:
-        np.save(file, whole[no_archive])
-    _, table = run()
-    assert table["predicted"].equals(expected["predicted"]) and len(computed) == 2 + 8
-    for path, features in whole.items():
-        np.testing.assert_allclose(np.load(path)["features"], features, rtol=1e-4, atol=1e-5, err_msg=str(path))
-
-
-def test_the_cache_needs_no_memory_maps(finished, run, computed, monkeypatch):
-    """File systems of a cloud may have none."""
-
-    def refuse(*_, **__):
-        raise OSError(19, os.strerror(19))
-
-    monkeypatch.setattr(np, "memmap", refuse)
-    shutil.rmtree(finished / "feature_cache")
-    for pictures in (24, 0):
-        computed.clear()
-        run()
-        assert len(computed) - 2 == pictures
-
-
-def test_the_sample_is_said_to_be_synthetic(video, constants, monkeypatch, capsys):
-    monkeypatch.setattr(ts, "build_backbone", stop)
-    for source, said in ((video, False), (SCRIPT.parent, True)):
-        monkeypatch.setattr(ts, "ROOT", source)
-        constants(OUTPUTS=video / "outputs", CACHE=video / "feature_cache")
-        with pytest.raises(KeyboardInterrupt):
-            ts.main()
-        assert ("pictures are rendered" in capsys.readouterr().out) is said
-
-
-@pytest.mark.parametrize(("size", "said"), [((48, 64), None), ((64, 48), "(64, 85)"), ((48, 70), None), ((90, 160), "(90, 120)")])
-def test_a_size_that_distorts_is_said_with_one_that_does_not(constants, monkeypatch, capsys, size, said):
-    monkeypatch.setattr(ts, "build_backbone", stop)
-    constants(FRAME_SIZE=size)
-    with pytest.raises(KeyboardInterrupt):
-        ts.main()
-    out = capsys.readouterr().out
-    assert f"FRAME_SIZE = {said} keeps their shape" in out if said else "FRAME_SIZE" not in out
-
-
-def test_a_run_takes_paths_and_leaves_files_of_others_alone(first_run, finished, run):
-    for name in ("new_frames/note.txt", "mine.csv"):
-        (finished / "outputs" / name).parent.mkdir(exist_ok=True)
-        (finished / "outputs" / name).write_text("mine")
-    metrics, _ = run(LABELS=Path("labels.csv"), OUTPUTS=finished / "outputs")
-    assert metrics["constants"]["LABELS"] == "labels.csv"
-    assert [(finished / "outputs" / name).read_text() for name in ("new_frames/note.txt", "mine.csv")] == ["mine"] * 2
-
-
-def test_two_runs_into_one_folder_leave_the_files_of_one(tmp_path):
-    """Each writes under names of its own, and the last to end wins."""
-    inner = {"a": lambda path: path.write_text("second"), "b": lambda path: path.write_text("second")}
-
-    def write_while_another_run_does(path):
-        ts.write_files(tmp_path, inner)
-        path.write_text("first")
-
-    ts.write_files(tmp_path, {"a": write_while_another_run_does, "b": lambda path: path.write_text("first")})
-    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "first", "b": "first"}
-
-
-def test_a_cache_may_be_in_use_by_another_run(video, constants, capsys):
-    """Whose half-written files come and go."""
-    folder, done = video / "feature_cache" / "of another run", threading.Event()
-    folder.mkdir(parents=True)
-
-    def write():
-        while not done.is_set():
-            ts.write_files(folder, {"0.npz": lambda path: path.write_bytes(b"features")})
-            ts.prepare_folder(folder.parent, "CACHE")
-
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(write)
-        try:
-            for _ in range(200):
-                ts.prepare_cache()
-        finally:
-            done.set()
-        other.result()
-
-
-def test_an_interrupted_extraction_goes_on_where_it_was(finished, run, constants, monkeypatch):
-    _, expected = results(finished / "outputs")
-    shutil.rmtree(finished / "feature_cache")
-    load, loaded = ts.Frames.load, []
-
-    def fails_late(frames, row):
-        loaded.append(row)
-        if len(loaded) > 2 + 20:  # calibration, 8 batches, and some of the next
-            raise KeyboardInterrupt
-        return load(frames, row)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ts.Frames, "load", fails_late)
-        ts.main()
-    loaded.clear()
-    monkeypatch.setattr(ts.Frames, "load", lambda frames, row: loaded.append(row) or load(frames, row))
-    _, resumed = run()
-    assert resumed.equals(expected)
-    assert sorted(loaded[2:]) == list(range(16, 24)), "the first batches are not computed again"
-
-
-def test_results_of_a_finished_run_stay_until_the_next_is_whole(finished, constants, monkeypatch):
+def test_results_stay_until_all_new_ones_are_written(finished, constants, monkeypatch):
+    """The disk is full, or another program holds a file."""
     before = {name: (finished / "outputs" / name).read_bytes() for name in RESULTS}
+    constants(EPOCHS=1)
 
     def full(*_, **__):
         raise OSError(28, os.strerror(28))
 
-    constants(EPOCHS=1)
-    monkeypatch.setattr(pd.DataFrame, "to_csv", full)
-    with pytest.raises(SystemExit, match="No space left"):
-        ts.run_as_script()
-    assert {name: (finished / "outputs" / name).read_bytes() for name in RESULTS} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(pd.DataFrame, "to_csv", full)
+        with pytest.raises(SystemExit, match="No space left"):
+            ts.run_as_script()
+    path_open = Path.open
 
-
-@pytest.mark.parametrize("name", ["predictions.csv", "metrics.json"])
-def test_where_a_result_cannot_be_replaced_all_stay(finished, constants, monkeypatch, name):
-    """As where a spreadsheet holds predictions.csv open, on Windows."""
-    before = {name: (finished / "outputs" / name).read_bytes() for name in RESULTS}
-    replace = os.replace
-
-    def refuse(source, target):
-        if Path(target) == finished / "outputs" / name and Path(source).parent.name != "old":
+    def refuse(path, mode="r", *arguments, **options):
+        if path.name == "metrics.json" and "a" in mode:
             raise PermissionError(13, os.strerror(13))
-        return replace(source, target)
+        return path_open(path, mode, *arguments, **options)
 
-    monkeypatch.setattr(os, "replace", refuse)
-    constants(EPOCHS=1)
-    with pytest.raises(SystemExit, match=f"{name}: cannot be replaced.*close it"):
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(SystemExit, match="metrics.json: cannot be written.*close it"):
         ts.run_as_script()
     assert {name: (finished / "outputs" / name).read_bytes() for name in RESULTS} == before
-    assert not list((finished / "outputs").glob(".new-*"))
+    assert {path.name for path in (finished / "outputs").iterdir()} == RESULTS
 
 
-def test_what_a_killed_run_was_writing_is_gone_after_the_next(finished, run):
-    for folder in (f"outputs/{ts.NEW}abc/old", f"feature_cache/0123/{ts.NEW}def"):
-        (finished / folder).mkdir(parents=True)
-        (finished / folder / "x.npz").write_bytes(b"half")
-    time.sleep(0.05)
-    (finished / "outputs" / ".new-of-others").mkdir()
+def test_a_run_takes_paths_and_leaves_files_of_others_alone(finished, run):
+    for name in ("new_frames/note.txt", "mine.csv"):
+        (finished / "outputs" / name).parent.mkdir(exist_ok=True)
+        (finished / "outputs" / name).write_text("mine")
+    metrics, _ = run(LABELS=Path("labels.csv"), OUTPUTS=finished / "outputs", EPOCHS=1)
+    assert metrics["constants"]["LABELS"] == "labels.csv"
+    others = [(finished / "outputs" / name).read_text() for name in ("new_frames/note.txt", "mine.csv")]
+    assert others == ["mine"] * 2
+
+
+def test_results_of_another_experiment_are_named_before_they_are_replaced(finished, run, capsys):
+    run()
+    assert "replace" not in capsys.readouterr().out
+    run(SEED=1, EPOCHS=1)
+    assert "Will replace the results of EPOCHS = 2, SEED = 0 in" in capsys.readouterr().out
+    (finished / "outputs" / "metrics.json").write_text("[]")
     run(EPOCHS=1)
-    assert [path.name for path in finished.rglob(".new-*")] == [".new-of-others"]
+    assert "replace" not in capsys.readouterr().out
 
 
-def test_all_labels_can_train_and_nothing_passes_for_validation(finished, run, capsys, figures):
-    metrics, table = run(TRAIN_FRACTION=1)
-    assert (table["split"] == "train").all() and len(table) == 20
-    assert metrics["train_frames"] == 20 and metrics["validation_frames"] == 0
-    assert not {"mae", "mse", "baseline"} & set(metrics)
-    said = capsys.readouterr().out
-    assert "the first 20 train, none is left to validate" in said and "nothing is known of the error" in said and "MAE" not in said
-    names = {path.name for path in (finished / "outputs").iterdir()}
-    assert names == RESULTS - {f"{name}.{kind}" for name in ("predictions", "examples") for kind in ("png", "pdf")}
-    assert "val_mse" not in pd.read_csv(finished / "outputs" / "history.csv")
+def test_the_sample_is_said_to_be_rendered(video, constants, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
 
-
-def test_only_what_labelled_windows_show_is_read(video, run, computed, capsys):
-    """Labels 10, 11 and 20; of the last two pictures one is unreadable, and no matter."""
-    labels = pd.read_csv(video / "labels.csv")
-    labels[labels["id"].isin([10, 11, 20])].to_csv(video / "labels.csv", index=False)
-    (video / "frames" / "frames" / "seq_000001.jpg").write_bytes(b"unreadable, not asked for")
-    (video / "frames" / "frames" / "seq_000018.jpg").unlink()
-    _, table = run(AUGMENT=0, TRAIN_FRACTION=0.7)
-    assert sorted(set(computed)) == list(range(8)), "6 to 11, 19 and 20"
-    said = capsys.readouterr().out
-    assert "19 pictures, 3 labels: the first 2 train, the last 1 validate; 8 pictures read. 16 pictures have no label" in said
-    assert "3 windows, 2 of them whole" in said and table["split"].tolist() == ["train", "train", "validation"]
-
-
-def draw(n, epochs=2):
-    """The figures of a run with n validation frames."""
-    frames = [np.full((4, 4, 3), shade, "uint8") for shade in range(n)]
-    history = pd.DataFrame({"mse": 4.0, "val_mse": 5.0}, index=range(1, epochs + 1))
-    table = pd.DataFrame({"id": range(n), "split": "validation", "true": 5.0, "predicted": 5.0 + np.arange(n)})
-    return ts.draw_figures(history, table, {"rmse": 3.0}, frames, "title")
-
-
-def test_figures_show_what_they_should():
-    figures = draw(11)
-    (loss,) = figures["loss"].axes
-    assert [line.get_ydata()[0] for line in loss.lines] == [2, 5**0.5, 3]
-    left, right = figures["predictions"].axes
-    assert left.collections[-1].get_offsets()[:, 1].tolist() == list(range(5, 16))
-    shown = [axis.images[0].get_array()[0, 0, 0] for axis in figures["examples"].axes]
-    assert shown == [0, 2, 4, 6, 8, 10], "from the smallest to the largest error"
-
-
-def test_the_curve_over_time_is_in_the_order_of_time():
-    """Which is not that of ids like 235959, 0."""
-    table = pd.DataFrame({"id": [235958, 235959, 0, 1], "true": [3.0, 9, 7, 1], "predicted": [3.0, 9, 7, 1]})
-    _, right = ts.draw_predictions(table, "title").axes
-    assert right.lines[0].get_xydata().tolist() == [[0, 3], [1, 9], [2, 7], [3, 1]]
-
-
-def test_one_epoch_has_a_mark_and_one_picture_is_shown_once():
-    figures = draw(1, epochs=1)
-    assert all(line.get_marker() == "o" for line in figures["loss"].axes[0].lines[:2])
-    assert len(figures["examples"].axes) == 1
-
-
-@pytest.mark.parametrize(("error", "is_ours"), [(RuntimeError("no display"), False), (KeyError("typo"), True)])
-def test_a_figure_that_cannot_be_drawn_costs_only_itself(finished, run, monkeypatch, capsys, figures, error, is_ours):
-    """What figures cannot do here is a line; what is a fault of the script is a traceback, after the results."""
-
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(ts.plt, "subplots", fail)
-    (finished / "outputs" / "metrics.json").unlink()
-    if is_ours:
-        with pytest.raises(KeyError):
-            run()
-        assert results(finished / "outputs")[0]["mae"] > 0
-    else:
-        metrics, _ = run()
-        assert metrics["mae"] > 0 and capsys.readouterr().err.count("no figures (no display)") == 1
-
-
-@pytest.mark.parametrize(("backend", "shown"), [("template", 1), ("agg", 0)], ids=["screen", "no screen"])
-def test_figures_are_shown_where_there_is_a_screen_when_they_are_saved(tmp_path, monkeypatch, backend, shown):
-    """"template" is matplotlib's own stand-in for a back end with windows."""
-    seen = []
-    monkeypatch.setattr(ts.plt, "show", lambda: seen.append({path.name for path in tmp_path.iterdir()}))
-    ts.plt.switch_backend(backend)
-    ts.save_figures(tmp_path, (), lambda: {"one": ts.plt.figure()})
-    ts.plt.switch_backend("agg")
-    assert seen == [{"one.png", "one.pdf"}] * shown
-
-
-def test_figures_that_cannot_be_saved_are_one_warning_and_none_of_an_earlier_model_stays(tmp_path, monkeypatch, capsys):
-    ts.save_figures(tmp_path, ("one.png", "one.pdf"), lambda: {"one": ts.plt.figure()})
-    assert {path.name for path in tmp_path.iterdir()} == {"one.png", "one.pdf"}
-
-    def refuse(*_):
-        raise PermissionError(13, os.strerror(13))
-
-    monkeypatch.setattr(os, "replace", refuse)
-    ts.save_figures(tmp_path, ("one.png", "one.pdf"), lambda: {"one": ts.plt.figure()})
-    warning = capsys.readouterr().err
-    assert "one.png" in warning and warning.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-def test_settings_reach_the_report_as_they_were_written(finished, run):
-    metrics, _ = run(OPTIMIZER={"class_name": "sgd", "config": {"momentum": 0.5}}, EPOCHS=1)
-    assert metrics["constants"]["OPTIMIZER"] == {"class_name": "sgd", "config": {"momentum": 0.5}}
-
-
-@pytest.mark.beside("bad")
-def test_one_line_and_exit_status_1(beside):
-    folder, done = beside()
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("Error: ") and done.stderr.count("\n") == 1
-    assert not (folder / "outputs").exists()
-
-
-@pytest.mark.parametrize(
-    ("source", "status", "said"),
-    [
-        ("import os; os.abort()", -signal.SIGABRT, "Fatal Python error: Aborted"),
-        ("import os; os.write(2, b'start' b'-up'); raise ModuleNotFoundError('No module named tensorflow')", 1,
-         "Error: No module named tensorflow; pip install -r requirements.txt, with Python 3.10 to 3.13\n"),
-        ("raise RuntimeError('glibc too old')", 1, "RuntimeError: glibc too old"),
-    ],
-    ids=["abort", "not installed", "exception"],
-)  # fmt: skip
-def test_a_library_that_cannot_be_imported_is_never_silent(tmp_path, source, status, said):
-    (tmp_path / "keras.py").write_text(source)
-    done = start([SCRIPT], tmp_path, PYTHONPATH=str(tmp_path))
-    assert done.returncode == status and said in done.stderr and "start-up" not in done.stderr
-
-
-@pytest.mark.beside("alone")
-def test_importing_does_nothing(beside):
-    folder, done = beside()
-    assert done.stdout.split() == ["50", "True"], "Ctrl-C and stderr are whose they were"
-    assert not re.search("Traceback|tscrowdnet", done.stderr), "TensorFlow may speak, the script does not"
-    assert [path.name for path in folder.iterdir()] == [SCRIPT.name]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.beside("killed")
-def test_killed_at_random_moments_a_run_ends_with_the_same_digits(first_run, beside):
-    folder, done = beside()
-    assert done.stdout == "finished\n", done.stderr
-    assert "Traceback" not in done.stderr
-    for name in ("predictions.csv", "history.csv"):
-        undisturbed, disturbed = (pd.read_csv(video / "outputs" / name) for video in (first_run, folder))
-        assert undisturbed.equals(disturbed), name
-
-
-def test_a_notebooks_back_end_does_not_stop_a_script(tmp_path):
-    """!python tscrowdnet_train.py, in an environment of its own."""
-    done = start([edited_copy(tmp_path, LABELS="none.csv")], tmp_path, MPLBACKEND="module://matplotlib_inline.backend_inline")
-    assert done.returncode == 1 and done.stderr.startswith("Error: ") and "none.csv" in done.stderr
-
-
-def test_a_notebook_keeps_its_own_ctrl_c(tmp_path):
-    """%run gives a file the name __main__, in a process that has IPython."""
-    (tmp_path / "keras.py").write_text("import signal; print(repr(signal.getsignal(2))); raise SystemExit")
-    code = "import signal; signal.signal(2, signal.default_int_handler); "  # a job in the background inherits another
-    code += f"import sys, runpy; sys.modules['IPython'] = sys; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
-    for arguments, expected in ((["-c", code], "default_int_handler"), ([SCRIPT], "SIG_DFL")):
-        done = start(arguments, tmp_path, PYTHONPATH=str(tmp_path))
-        assert expected in done.stdout, done.stderr
+    monkeypatch.setattr(ts, "build_backbone", stop)
+    for root, is_said in ((video, False), (SCRIPT.parent, True)):
+        monkeypatch.setattr(ts, "ROOT", root)
+        constants(OUTPUTS=video / "outputs", CACHE=video / "feature_cache")
+        with pytest.raises(KeyboardInterrupt):
+            ts.main()
+        assert ("frames are rendered" in capsys.readouterr().out) is is_said
 
 
 def test_channels_come_last_whatever_keras_is_set_to(run):
@@ -504,3 +217,144 @@ def test_channels_come_last_whatever_keras_is_set_to(run):
         assert run(EPOCHS=1)[0]["mae"] > 0
     finally:
         keras.config.set_image_data_format("channels_last")
+
+
+# -- Figures
+
+
+def make_table(n, ids=None):
+    """n validation frames with errors of 0, 1, 2, ... people."""
+    names = [f"seq_{number:06d}.jpg" for number in range(1, n + 1)]
+    counts = {"true": 5.0, "predicted": 5.0 + np.arange(n)}
+    return pd.DataFrame({"id": ids or range(101, 101 + n), "frame": names, "split": "validation"} | counts)
+
+
+def tick_labels(axis):
+    """The names at an x axis as drawn: {place: name}."""
+    axis.figure.canvas.draw()
+    texts = [tick.get_text() for tick in axis.get_xticklabels()]
+    return {place: text for place, text in zip(axis.get_xticks(), texts) if text}
+
+
+def test_the_loss_is_shown_as_rmse_by_epoch_beside_the_mean_count():
+    history = pd.DataFrame({"mse": 4.0, "val_mse": 9.0}, index=range(1, 4))
+    (axis,) = ts.draw_loss(history, {"rmse": 6.0}).axes
+    assert [line.get_ydata()[0] for line in axis.lines] == [2, 3, 6]
+    assert axis.get_title() == "RMSE by epoch"
+    one = ts.draw_loss(history[:1], {"rmse": 6.0}).axes[0]
+    assert all(line.get_marker() == "o" for line in one.lines[:2]), "one epoch is a point, not a line"
+    plt.close("all")
+
+
+@pytest.mark.parametrize("ids", [None, ["b/2.jpg", "b/10.jpg", "c/1.jpg"]])
+def test_predictions_are_shown_by_the_ids_of_their_frames(ids):
+    table = make_table(3, ids)
+    left, right = ts.draw_predictions(table, "imagenet", {"mae": 1.234}).axes
+    assert left.collections[-1].get_offsets()[:, 1].tolist() == [5, 6, 7]
+    assert right.lines[0].get_xydata().tolist() == [[0, 5], [1, 5], [2, 5]]
+    assert tick_labels(right) == {0: str(table["id"][0]), 1: str(table["id"][1]), 2: str(table["id"][2])}
+    title = left.figure.get_suptitle()
+    assert "MAE 1.23" in title and "imagenet" in title and "last 3" in title
+    plt.close("all")
+
+
+@pytest.mark.parametrize(("n", "shown"), [(11, [10, 9, 8, 6, 5, 4]), (5, [4, 3, 2, 1, 0]), (1, [0])])
+def test_examples_are_the_largest_errors_then_typical_ones(video, n, shown):
+    figure = ts.draw_examples(make_table(n), video / "frames" / "frames")
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == [f"{101 + place}: true 5, predicted {5 + place:.1f} ({place:+.1f})" for place in shown]
+    colours = [axis.title.get_color() for axis in figure.axes if axis.get_title()]
+    assert colours == ["tab:red" if place > 1 else "tab:green" for place in shown]
+    plt.close("all")
+
+
+def test_counts_are_shown_with_labels_and_what_is_unfamiliar():
+    unfamiliar = pd.array([False, True, pd.NA, False], "boolean")
+    names = pd.Index(["a.jpg", "b.jpg", "c.jpg", "d.jpg"], name="frame")
+    table = pd.DataFrame({"count": [3.0, 4, np.nan, 5], "unfamiliar": unfamiliar}, index=names)
+    (axis,) = ts.draw_counts(table, pd.Series({"d.jpg": 7})).axes
+    (shade,) = axis.images
+    assert shade.get_array().tolist() == [[0, 1, 1, 0]] and shade.get_extent()[:2] == [-0.5, 3.5]
+    assert axis.get_ylim()[0] == 0 and tick_labels(axis)[1] == "b.jpg"
+    np.testing.assert_array_equal(axis.lines[1].get_ydata(), [np.nan, np.nan, np.nan, 7])
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert len(labels) == 3 and any("unlike" in label for label in labels)
+    assert not ts.draw_counts(table[:1]).axes[0].images
+    plt.close("all")
+
+
+@pytest.mark.parametrize(("error", "is_ours"), [(RuntimeError("no display"), False), (KeyError("typo"), True)])
+def test_a_figure_that_cannot_be_drawn_costs_only_figures(finished, run, monkeypatch, capsys, figures, error, is_ours):
+    """What figures cannot do here is a line; a fault of the script is a traceback, after the
+    results."""
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ts.plt, "subplots", fail)
+    (finished / "outputs" / "metrics.json").unlink()
+    if is_ours:
+        with pytest.raises(KeyError):
+            run(EPOCHS=1)
+    else:
+        run(EPOCHS=1)
+        assert capsys.readouterr().err.count("no figures (no display)") == 1
+    assert results(finished / "outputs")[0]["mae"] > 0
+    assert not list((finished / "outputs").glob("*.png")), "no figure of an earlier model stays"
+
+
+@pytest.mark.parametrize(("backend", "n_shown"), [("template", 1), ("agg", 0)], ids=["screen", "none"])
+def test_figures_are_shown_where_there_is_a_screen_when_they_are_saved(tmp_path, monkeypatch, backend, n_shown):
+    """"template" is matplotlib's own stand-in for a back end with windows."""
+    seen = []
+    monkeypatch.setattr(ts.plt, "show", lambda: seen.append({path.name for path in tmp_path.iterdir()}))
+    ts.plt.switch_backend(backend)
+    try:
+        ts.save_figures(tmp_path, {"one": ts.plt.figure})
+    finally:
+        ts.plt.switch_backend("agg")
+    assert seen == [{"one.png", "one.pdf"}] * n_shown
+
+
+# -- The README's recipes
+
+
+def recipe_commands():
+    return README.read_text().split("<!-- recipe -->")[1].split("```")[1].strip().splitlines()[1:]
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
+def test_the_readmes_ffmpeg_makes_good_frames(tmp_path):
+    """Its own default is a number of bytes, too few for frames a second apart."""
+    video = make_video(tmp_path / "clip", frames=4, size=(480, 640))
+    paths = frame_paths(video)
+    before = [np.asarray(Image.open(path), int) for path in paths]
+    clip = "ffmpeg -loglevel error -framerate 1 -i frames/frames/seq_%06d.jpg -c:v mjpeg -q:v 2 video.mp4"
+    subprocess.run(clip.split(), check=True, cwd=video)
+    for path in paths:
+        path.unlink()
+    command = next(line for line in recipe_commands() if line.startswith("ffmpeg"))
+    subprocess.run(command.split(), check=True, cwd=video, stdin=subprocess.DEVNULL)
+    for path, pixels in zip(paths, before, strict=True):
+        assert np.abs(np.asarray(Image.open(path), int) - pixels).mean() < 1.5, path
+
+
+def test_the_readme_leads_from_frames_to_counts(tmp_path, constants, monkeypatch, capsys):
+    """Its commands as written: a sheet of the frames that are there, filled in; training;
+    counting."""
+    video = make_video(tmp_path / "clip", frames=100)
+    counts = pd.read_csv(video / "labels.csv")["count"].tolist()
+    python = [line for line in recipe_commands() if line.startswith("python")]
+    sheet, train, count_all = python
+    assert train.split() == ["python", "tscrowdnet_train.py"]
+    subprocess.run(sheet.replace("python", sys.executable, 1), shell=True, check=True, cwd=video)
+    rows = pd.read_csv(video / "labels.csv")
+    assert rows["id"].tolist() == [f"seq_{number:06d}.jpg" for number in range(1, 101, 10)]
+    assert rows["count"].isna().all()
+    rows.assign(count=counts[::10]).to_csv(video / "labels.csv", index=False)
+    monkeypatch.setattr(ts, "ROOT", video)
+    ts.main()
+    assert "100 frames, 10 labels: the first 8 train, the last 2 validate" in capsys.readouterr().out
+    exec(count_all.split('"')[1])
+    table = pd.read_csv(video / "outputs" / "counts.csv")
+    assert len(table) == 100 and table["count"].ge(0).all()

@@ -1,5 +1,6 @@
-"""Runs the script again and again on the tiny video of a folder, each run killed at a random moment or its disk full, until one
-ends by itself: python killed_runs.py FOLDER SECONDS, those that a run takes. A helper of test_script.py."""
+"""Runs the script again and again on the tiny video of a folder, each run killed at a random moment
+or its disk full, until one ends by itself: python killed_runs.py FOLDER. A helper of
+test_script.py."""
 
 import os
 import random
@@ -15,14 +16,15 @@ from conftest import TINY, check_whole, shrink, ts
 for name, value in TINY.items():
     setattr(ts, name, value)
 ts.ROOT = Path(sys.argv[1])
+sys.argv[1:] = []
 shrink(setattr)
-signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the script does
 moments = random.Random(3)
-signals = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"]
+KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"]
 kills, status = 0, 1
 while kills < 7 or status:
-    kind = signals[kills % 4] if kills < 7 else None
+    kind = KINDS[kills % 4] if kills < 7 else None
     room = int(10 ** moments.uniform(2, 6))
+    seconds = moments.uniform(0.2, 3)
     child = os.fork()  # imports are done: every moment of the child's life is the script's work
     if not child:
         if kind == "full disk":
@@ -34,7 +36,7 @@ while kills < 7 or status:
             print(stop.code, file=sys.stderr)
             os._exit(1)
         os._exit(0)
-    end = time.monotonic() + (moments.uniform(0.3, 1) * float(sys.argv[2]) if kind and kind != "full disk" else 1e6)
+    end = time.monotonic() + (seconds if kind and kind != "full disk" else 1e6)
     done = 0
     while not done and time.monotonic() < end:
         time.sleep(0.01)
@@ -42,6 +44,6 @@ while kills < 7 or status:
     if not done:
         os.kill(child, kind)
         _, status = os.waitpid(child, 0)
-    kills += not done or kind == "full disk"
-    check_whole(ts.at(ts.OUTPUTS))
+    kills += 1 if kind else 0
+    check_whole(ts.resolve_path(ts.OUTPUTS))
 print("finished")

@@ -1,0 +1,214 @@
+"""Windows: the order of frames, clips, what training draws, and the Sequence that feeds them."""
+
+from pathlib import Path
+
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+import tscrowdnet_train as ts
+from conftest import count, frame_paths
+
+
+def windows_of(names, length):
+    starts = ts.find_clip_starts(names)
+    return ts.make_windows(np.arange(len(names)), starts, length).tolist()
+
+
+def test_windows_worked_by_hand():
+    assert windows_of(["a.jpg", "b.jpg", "c.jpg"], 3) == [[0, 0, 0], [0, 0, 1], [0, 1, 2]]
+    clips = ["mon/1.jpg", "mon/2.jpg", "tue/1.jpg", "tue/2.jpg"]
+    assert windows_of(clips, 3) == [[0, 0, 0], [0, 0, 1], [2, 2, 2], [2, 2, 3]]
+    assert windows_of([0, 1, 2], 2) == [[0, 0], [0, 1], [1, 2]], "arrays have no folders"
+    assert windows_of(["x.jpg"], 1) == [[0]]
+
+
+ORDERS = {
+    "numbers": ["f_1.jpg", "f_2.jpg", "f_10.jpg"],
+    "fractions of seconds": ["cam.1512579138.00433.jpg", "cam.1512579138.70433.jpg", "cam.1512579139.00100.jpg"],
+    "a folder for each day": ["2024-01-09/08-30-17.jpg", "2024-01-09/08-31-02.jpg", "2024-01-10/08-29-00.jpg"],
+    "a clock, then a number": ["20240101_100059_37.jpg", "20240101_100100_2.jpg"],
+    "folders as numbers": ["2/001.jpg", "10/001.jpg", "10/002.jpg"],
+    "frames of a folder stay together": ["a.jpg", "z.jpg", "clip/b.jpg"],
+    "capitals": ["IMG_1.JPG", "img_2.jpg", "Img_3.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_frames_are_taken_in_natural_order(tmp_path, case):
+    for name in reversed(ORDERS[case]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert ts.list_frames(tmp_path) == (ORDERS[case], [])
+
+
+def test_what_is_no_frame_is_left_out_and_named(tmp_path, capsys):
+    for name in ("1.jpg", "2.heic", "3.HEIC", "clip/4.gif", "notes", ".hidden.jpg", ".hid/5.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "lost.jpg").symlink_to(tmp_path / "nowhere")
+    names, others = ts.list_frames(tmp_path)
+    assert names == ["1.jpg"] and set(others) == {"2.heic", "3.HEIC", "clip/4.gif", "notes", "lost.jpg"}
+    assert "Left out: " in (said := capsys.readouterr().out)
+    for kind in ("1 .heic", "1 .HEIC", "1 .gif", "1 notes", "1 .jpg"):
+        assert kind in said
+
+
+def clock(number, form, step=1.0):
+    """Names of real cameras: a moment number * step seconds after 2024-01-01 10:00:55."""
+    return (pd.Timestamp("2024-01-01 10:00:55") + pd.Timedelta(seconds=number * step)).strftime(form)
+
+
+SCHEMES = {  # how real cameras and tools name frames: number -> name
+    "seconds with a fraction": lambda n: f"cam.{1512579138 + n * 7 // 10}.{n * 7 % 10}0433.jpg",
+    "SEC.NSEC": lambda n: f"image_{1512579138 + n * 7 // 10}.{n * 7 % 10 * 10**8}.jpg",
+    "a clock alone": lambda n: clock(n, "%H-%M-%S.jpg"),
+    "a clock, then a short number": lambda n: clock(n, "%Y%m%d_%H%M%S_") + f"{n * 37 % 50}.jpg",
+    "two-digit years": lambda n: clock(n, "%y-%m-%d %H-%M-%S.jpg"),
+    "a clock without seconds": lambda n: clock(n, "%Y%m%d_%H%M.jpg", 60),
+    "a frame each 1.4 s": lambda n: clock(n, "%Y%m%d_%H%M%S.jpg", 1.4),
+    "a folder within folders": lambda n: f"2024/01/cam 1/{n}.jpeg",
+    "numbers without zeros": lambda n: f"frame{n}.jpg",
+    "gaps": lambda n: f"seq_{n * n:06d}.jpg",
+}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_names_of_real_cameras_give_the_counts_of_plain_names(finished, scheme):
+    expected = count(finished)["count"].tolist()
+    folder = finished / "footage"
+    for number, path in enumerate(frame_paths(finished), 1):
+        target = folder / SCHEMES[scheme](number)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    counts = count(finished, folder)
+    assert counts.index.tolist() == [SCHEMES[scheme](number) for number in range(1, 21)]
+    np.testing.assert_allclose(counts["count"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("stray", ["background.jpg", "lastsnap.jpg", "seq_000010 (1).jpg", "zzz.jpg"])
+def test_a_stray_frame_changes_no_count_beyond_its_neighbours(finished, stray):
+    expected = count(finished)["count"]
+    paths = frame_paths(finished)
+    (paths[0].parent / stray).write_bytes(paths[5].read_bytes())
+    counts = count(finished)["count"]
+    place = counts.index.get_loc(stray)
+    counts = counts.drop(stray)
+    is_far = np.r_[np.full(place, True), np.full(20 - place, False)]
+    is_far[place + 4 :] = True
+    np.testing.assert_allclose(counts[is_far], expected[is_far], atol=1e-4)
+    assert is_far.sum() >= 16
+
+
+def test_no_window_leaves_its_folder(finished, run):
+    """In training and counting alike: the first frame of a clip is the only one of its window."""
+    folder = finished / "frames" / "frames"
+    for number, path in enumerate(frame_paths(finished), 1):
+        target = folder / ("monday" if number <= 7 else "tuesday") / path.name
+        target.parent.mkdir(exist_ok=True)
+        path.rename(target)
+    _, _, windows, clip_starts = ts.load_data()
+    assert windows[6:9].tolist() == [[2, 3, 4, 5, 6], [7, 7, 7, 7, 7], [7, 7, 7, 7, 8]]
+    assert clip_starts.tolist() == [0] * 7 + [7] * 13
+    _, table = run(EPOCHS=1)
+    assert table["frame"][7] == "tuesday/seq_000008.jpg"
+    counts = count(finished)
+    np.testing.assert_allclose(counts["count"], table["predicted"], atol=1e-3)
+    alone = count(finished, folder / "tuesday")["count"].tolist()
+    np.testing.assert_allclose(counts["count"][7:], alone, atol=1e-4)
+
+
+def read(sequence):
+    batches = [sequence[batch] for batch in range(len(sequence))]
+    return np.concatenate([x for x, _ in batches]), np.concatenate([y for _, y in batches])[:, 0]
+
+
+@pytest.fixture
+def sequence():
+    """Feature vectors tell their rows; rows from 60 are the copies of 0 to 59."""
+    windows = ts.make_windows(np.arange(60), np.repeat([0, 30], 30), 3)
+    vectors = np.arange(120.0)[:, None] * [1, 10]
+    return lambda draw=None: ts.WindowSequence(vectors, windows, np.arange(60.0), 16, draw)
+
+
+def draw(windows, rng):
+    return ts.draw_windows(windows, np.repeat([0, 30], 30), np.arange(60, 120), rng)
+
+
+def test_validation_windows_come_whole_in_order_with_the_tail(sequence):
+    x, y = read(sequence())
+    assert [len(sequence()[batch][0]) for batch in range(4)] == [16, 16, 16, 12]
+    assert y.tolist() == list(range(60)) and (x[:, :, 1] == 10 * x[:, :, 0]).all()
+    assert x[28:32, :, 0].tolist() == [[26, 27, 28], [27, 28, 29], [30, 30, 30], [30, 30, 31]]
+    before = sequence()
+    before.on_epoch_end()
+    assert (read(before)[0] == x).all(), "nothing is drawn for them"
+
+
+def test_what_an_epoch_draws(sequence):
+    """Half of the windows as they are, half with earlier frames of their clip, in order; half of
+    either from copies; always with the labelled frame last."""
+    training = sequence(draw)
+    own = {row: window for row, window in enumerate(training.windows.tolist())}
+    shares, reached = [], []
+    for _ in range(60):
+        x, y = read(training)
+        assert sorted(y) == list(range(60))
+        rows = x[:, :, 0].astype(int)
+        is_copy = rows >= 60
+        assert (is_copy.all(axis=1) | ~is_copy.any(axis=1)).all(), "all of its copies, or none"
+        rows %= 60
+        assert (rows[:, -1] == y).all() and (np.diff(rows) >= 0).all()
+        assert (rows // 30 == y[:, None] // 30).all(), "none leaves its clip"
+        assert (y[:, None] - rows <= ts.NEIGHBOUR_RANGE).all()
+        is_own = [window == own[row] for window, row in zip(rows.tolist(), y.astype(int))]
+        shares.append([np.mean(is_own), is_copy.mean()])
+        reached.append((y[:, None] - rows).max())
+        training.on_epoch_end()
+    own_share, copy_share = np.mean(shares, axis=0)
+    assert own_share == pytest.approx(0.53, abs=0.05) and copy_share == pytest.approx(0.5, abs=0.04)
+    assert max(reached) == ts.NEIGHBOUR_RANGE
+
+
+def test_epochs_differ_and_a_seed_repeats_them(sequence, monkeypatch):
+    def epochs():
+        training = sequence(draw)
+        seen = []
+        for _ in range(3):
+            seen.append(np.column_stack([read(training)[0][:, :, 0], read(training)[1]]).tolist())
+            training.on_epoch_end()
+        return seen
+
+    first = epochs()
+    assert first[0] != first[1] != first[2] != first[0] and epochs() == first
+    monkeypatch.setattr(ts, "SEED", 1)
+    assert epochs() != first
+
+
+def test_wrong_neighbours_mislead_less_for_the_draws(constants, graph):
+    """Counts drift slowly and each frame shows them with noise, so that earlier frames help. Then
+    the same frames are counted with neighbours from anywhere."""
+    rng = np.random.default_rng(0)
+    counts = np.convolve(rng.normal(0, 12, 440), np.ones(20) / 20**0.5, "valid")[:400] + 40
+    vectors = rng.normal(0, 0.3, (400, 8)).astype("float32")
+    vectors[:, 0] += (counts - 40) / 15
+    windows = ts.make_windows(np.arange(400), np.zeros(400, int), 5)
+    wrong = np.c_[rng.integers(200, 400, (400, 4)), np.arange(400)]
+    errors = {}
+    for share in (0.0, 0.5):
+        constants(EPOCHS=12, BATCH_SIZE=20, FORGET_BIAS=1.0, RANDOM_NEIGHBOURS=share)
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([ts.build_temporal(8), ts.build_regression(counts[:200])])
+        training = ts.WindowSequence(
+            vectors, windows[:200], counts[:200], 20,
+            lambda windows, rng: ts.draw_windows(windows, np.zeros(200, int), np.arange(200), rng),
+        )  # fmt: skip
+        ts.train(model, training)
+        for name, shown in (("own", windows), ("wrong", wrong)):
+            predicted = model.predict(vectors[shown[200:]], verbose=0, batch_size=200)[:, 0]
+            errors[name, share] = np.abs(predicted - counts[200:]).mean()
+    assert errors["wrong", 0.5] < 0.8 * errors["wrong", 0.0]
+    assert errors["own", 0.5] < 1.25 * errors["own", 0.0]
