@@ -61,29 +61,30 @@ from sklearn import decomposition, preprocessing
 ROOT = Path(__file__).resolve().parent
 
 # -- Your data. Relative paths start at the folder of this script.
-LABELS = "labels.csv"  # a CSV with columns id,count, or Mall's own "mall_gt.mat"
+LABELS = "labels.csv"  # a CSV with columns id,count, or the Mall dataset's own "mall_gt.mat"
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, ..., or of a folder for each clip
 OUTPUTS = "outputs"  # take another folder for each experiment that you want to keep
-COUNT = None  # folder of new frames: count them with the model in OUTPUTS instead of training
-TRAIN_FRACTION = 0.8  # first share of the labels, which trains; the rest validates (1: none does)
+COUNT = None  # a folder of new frames: count them with the model in OUTPUTS instead of training
+TRAIN_FRACTION = 0.8  # the first labels, in frame order, train; 1: all train, none validates
 FRAME_SIZE = (300, 400)  # (height, width) that ResNet50 sees; larger if people are small
-WEIGHTS = "imagenet"  # or the path of a ResNet50 weight file (no top), or None: random weights
+WEIGHTS = "imagenet"  # without a network: the path of a weight file; None: random, count worse
 
 # -- Training
 SEQUENCE_LENGTH = 5  # frames in a window; with 1, Mall's MAE rises by 0.01
 EPOCHS = 50  # fewer are no preview: after 5, counts are worse than the mean count
-BATCH_SIZE = 32  # windows in a step; a quarter of the training windows if that is less
-LEARNING_RATE = 0.1  # falls to 0 along a half cosine; for "adam" take 1e-3
+BATCH_SIZE = 32  # windows in a step, but at most a quarter of the training windows
+LEARNING_RATE = 0.1  # at the start, then it falls to 0; lower it if the loss rises
+OPTIMIZER = {"class_name": "SGD", "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
 SEED = 0  # publish the mean and standard deviation over several
-TOLERANCE = 0.20  # counts within this share of the truth are called accurate
+TOLERANCE = 0.20  # for reports: counts within this share of the truth are called accurate
 
 # -- If memory runs out, or for speed
 FRAME_BATCH = 8  # frames that ResNet50 reads at once; fewer need less memory
-PRECISION = "auto"  # bfloat16 on hardware made for it; or "float32", or "mixed_bfloat16"
-CACHE = "feature_cache"  # one folder for all experiments
+PRECISION = "auto"  # bfloat16 on hardware made for it; "float32" to compare across machines
+CACHE = "feature_cache"  # one for all experiments: 60 KB for each frame, may be deleted
 CACHE_FEATURES = True  # False recomputes features at every step: far slower, same result
 
-# -- Network. All of these are flat around their values: see tests/tools/BENCHMARKS.md.
+# -- Network. Results hardly depend on these: see tests/tools/BENCHMARKS.md.
 # Layers of ResNet50 to read, each averaged over a grid of (rows, columns).
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}
@@ -91,17 +92,16 @@ FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
 FEATURE_LAYERS_RANDOM = {"conv1_relu": (3, 2), "conv2_block1_out": (3, 2),
                          "conv2_block3_out": (3, 2)}
 FEATURE_SPREAD = True  # also read each grid cell's standard deviation, not its mean alone
-COMPONENTS = 512  # greatest length of a feature vector after PCA; 0: no PCA
-PROJECTION = 32  # a Dense layer shortens each feature vector to this length; 0: none does
+COMPONENTS = 512  # greatest size of a feature vector after PCA; 0: no PCA
+PROJECTION = 32  # a Dense layer shortens each feature vector to this size; 0: none does
 LSTM_UNITS = 64
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training
-FORGET_BIAS = -2.0  # of the LSTM at the start; higher gives earlier frames more weight (Keras: 1)
+FORGET_BIAS = -2.0  # higher gives earlier frames more weight at the start; Keras has 1
 DENSE_UNITS = 64
-AUGMENT = 0.25  # share of labelled training frames that also train in other light, camera nudged
-RANDOM_NEIGHBOURS = 0.5  # share of training windows with earlier frames drawn at random
-NEIGHBOUR_RANGE = 20  # they are drawn from so many frames before the last one
-OPTIMIZER = {"class_name": "SGD", "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
-UNFAMILIAR = 2.0  # mark frames this many times as far from the mean as the median training frame
+AUGMENT = 0.25  # share of labelled frames that also train in other light, the camera nudged
+RANDOM_NEIGHBOURS = 0.5  # share of training windows that show earlier frames at random
+NEIGHBOUR_RANGE = 20  # out of so many earlier ones, of those that the windows show
+UNFAMILIAR = 2.0  # mark frames so many times as far from the mean as the median training frame
 
 # -- Internal: nothing to edit below this line.
 MODEL = "ts_crowdnet.keras"
@@ -118,82 +118,6 @@ class InputError(ValueError):
 def resolve_path(path):
     """A path from the constants: relative to the folder of this script unless absolute."""
     return ROOT / Path(path).expanduser()
-
-
-def check_constants():
-    """Raises InputError for values that would fail late, silently or without a name."""
-
-    def require(name, is_right, remedy):
-        if not is_right(globals()[name]):
-            raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
-
-    def is_whole(low, high):
-        return lambda value: isinstance(value, int) and low <= value <= high
-
-    for name in ("LABELS", "FRAMES", "OUTPUTS", "CACHE"):
-        require(name, lambda value: value and isinstance(value, (str, Path)), "a path, in quotes")
-    for name in ("COUNT", "WEIGHTS"):
-        require(name, lambda value: value is None or value and isinstance(value, (str, Path)),
-                "a path, in quotes, or None")
-    for name in ("EPOCHS", "BATCH_SIZE", "FRAME_BATCH", "LSTM_UNITS", "DENSE_UNITS"):
-        require(name, is_whole(1, 10**6), "a whole number from 1")
-    for name in ("COMPONENTS", "PROJECTION", "NEIGHBOUR_RANGE", "SEED"):
-        require(name, is_whole(0, 2**32 - 1), "a whole number from 0")
-    for name in ("TRAIN_FRACTION", "AUGMENT", "RANDOM_NEIGHBOURS", "TOLERANCE"):
-        require(name, lambda value: 0 <= value <= 1, "a share, from 0 to 1")
-    for name in ("CACHE_FEATURES", "FEATURE_SPREAD"):
-        require(name, (True, False).__contains__, "True or False")
-    for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
-        require(name, lambda grids: grids and all(
-            len(grid) == 2 and min(grid) >= 1 for grid in grids.values()
-        ), "{layer: (rows, columns)}, whole numbers from 1")
-    require("FRAME_SIZE", lambda size: len(size) == 2 and all(map(is_whole(32, 10**4), size)),
-            "(height, width), whole numbers from 32")
-    require("SEQUENCE_LENGTH", is_whole(1, 100), "a whole number from 1 to 100")
-    require("LEARNING_RATE", lambda rate: 0 < rate < 100, "a number above 0, such as 0.1")
-    require("LSTM_DROPOUT", lambda share: 0 <= share < 1, "a share from 0, below 1")
-    require("UNFAMILIAR", lambda limit: limit > 0, "a number above 0, such as 2.0")
-    require("PRECISION", ("auto", "float32", "mixed_bfloat16").__contains__,
-            '"auto", "float32" or "mixed_bfloat16"')
-    try:
-        keras.optimizers.get(OPTIMIZER)
-    except Exception as error:  # Keras raises many kinds
-        remedy = 'make it "adam", say, or the dict that the script comes with'
-        raise InputError(f"{OPTIMIZER = }: {remedy} ({shorten(str(error), 150)})") from error
-
-
-# == Files ========
-def write_files(folder, writers):
-    """Writes files {name: write(path)}. They are written under temporary names first and moved
-    only when all are whole, so nothing is ever half replaced. Raises InputError."""
-    targets = {folder / name: folder / f".new-{name}" for name in writers}
-    try:
-        for target, write in zip(targets, writers.values()):
-            write(targets[target])
-            if target.exists():
-                target.open("ab").close()  # fails now if another program holds the file
-        for target, new in targets.items():
-            with suppress(FileNotFoundError):  # a run that shares the cache has moved it already
-                os.replace(new, target)
-    except OSError as error:
-        for new in targets.values():
-            new.unlink(missing_ok=True)
-        is_blocked = isinstance(error, (PermissionError, IsADirectoryError))
-        remedy = "close it or move it away" if is_blocked else "make room for it"
-        problem = f"cannot be written ({error.strerror or 'is the disk full?'})"
-        raise InputError(f"{target}: {problem}; {remedy}") from error
-
-
-def prepare_folder(folder, constant):
-    """Makes the folder that a constant names. Raises InputError if it cannot be written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        problem = "it is a file" if folder.is_file() else error.strerror
-        remedy = f"set {constant} to another folder"
-        raise InputError(f"{folder}: cannot be written to ({problem}); {remedy}") from error
-    return folder
 
 
 # == Data: labels, frames, windows ========
@@ -221,7 +145,7 @@ def read_labels(path):
             table = table.set_axis(names, axis="columns")[1:]
         table.index += 1
         table = table[["id", "count"]].dropna(how="all")
-    except Exception as error:  # pandas and SciPy raise many kinds
+    except Exception as error:  # pandas and SciPy raise many types
         remedy = "make it a CSV whose first line is id,count, or Mall's mall_gt.mat"
         raise InputError(f"{path}: {shorten(str(error), 150)}; {remedy}") from error
 
@@ -239,17 +163,22 @@ def read_labels(path):
     refuse(is_odd, "id", "is unlike the others: ids are all whole numbers or all names of frames")
     if is_number.all():
         ids = whole.map(int)
-    refuse(ids.duplicated(), "id", "is there twice")
+    refuse(ids.duplicated(), "id", "appears twice")
     counts = pd.to_numeric(table["count"], errors="coerce").astype(float)
     is_count = counts.between(0, 10**6) | table["count"].isna()
-    refuse(~is_count, "count", "is no number from 0 to 1,000,000")
+    refuse(~is_count, "count", "is not a number from 0 to 1,000,000")
     return pd.DataFrame({"id": ids, "count": counts})
 
 
 def natural_key(name):
     """Sorts names as file managers do: folder by folder, and frame_2 before frame_10."""
-    parts = [re.split(r"(\d+)", part.lower()) for part in os.path.split(name)]
-    return [[int(text) if text.isdecimal() else text for text in part] for part in parts], name
+
+    def split(text):
+        parts = re.split(r"(\d+)", text.lower())
+        return [int(part) if part.isdecimal() else part for part in parts], text
+
+    folder, file = os.path.split(name)
+    return split(folder), split(file)
 
 
 def list_frames(folder):
@@ -289,13 +218,14 @@ def find_names(ids, names):
     return [[row_of[key]] if key in row_of else rows_of.get(key, []) for key in ids]
 
 
-def match_labels(labels, frames, others):
-    """The row of frames that each label is of (N,). Raises InputError where that is not one."""
+def match_labels(labels, names, others):
+    """The row of each label's frame in the names of all frames (N,). others: names of other files.
+    Raises InputError unless each label fits exactly one frame."""
     folder, file = resolve_path(FRAMES), resolve_path(LABELS)
-    rows = find_names(labels["id"], frames)
+    rows = find_names(labels["id"], names)
     for line, label_id, fitting in zip(labels.index, labels["id"], rows):
         if len(fitting) > 1:
-            problem = f"fits {frames[fitting[0]]} and {frames[fitting[1]]}"
+            problem = f"fits {names[fitting[0]]} and {names[fitting[1]]}"
             raise InputError(f"{file}, row {line}: id {label_id!r} {problem}; write the path")
     missing = [label_id for label_id, fitting in zip(labels["id"], rows) if not fitting]
     for label_id, fitting in zip(missing, find_names(missing, others)):
@@ -306,36 +236,37 @@ def match_labels(labels, frames, others):
     if missing:
         some = ", ".join(map(str, missing[:3]))
         problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
-        there = f"the folder has {frames[0]} ... {frames[-1]}"
+        there = f"the folder has {names[0]} ... {names[-1]}"
         remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
         raise InputError(f"{folder}: {problem}; {there}; {remedy}")
     rows = pd.Series([fitting[0] for fitting in rows], labels.index, dtype=int)
     if rows.duplicated().any():
         line = rows.duplicated().idxmax()
-        raise InputError(f"{file}, row {line}: {frames[rows[line]]} has another label; remove one")
+        raise InputError(f"{file}, row {line}: {names[rows[line]]} has another label; remove one")
     return rows
 
 
 def find_clip_starts(names):
-    """The row at which the clip of each frame begins (P,). Names of one folder in a row, or frames
-    without names, are a clip."""
+    """The row at which the clip of each frame begins (P,). Consecutive frames of one folder form a
+    clip, and so do frames without names."""
     folders = pd.Series([os.path.dirname(str(name)) for name in names])
     is_start = folders != folders.shift()
     return np.maximum.accumulate(np.where(is_start, np.arange(len(names)), 0))
 
 
-def make_windows(ends, clip_starts, length):
-    """Windows, as rows of frames (n, length), that end at the rows ends (n,). None begins before
-    its clip does (n,): the first frame repeats. Ends 1, 2 of one clip: [[0, 0, 1], [0, 1, 2]]."""
-    return np.maximum(ends[:, None] - np.arange(length)[::-1], clip_starts[:, None])
+def make_windows(ends, clip_starts, sequence_length):
+    """Windows, as rows of frames (n, sequence_length), that end at the rows ends (n,). If a window
+    would begin before its clip (n,), the clip's first frame repeats: ends 1 and 2 of one clip give
+    [[0, 0, 1], [0, 1, 2]]."""
+    return np.maximum(ends[:, None] - np.arange(sequence_length)[::-1], clip_starts[:, None])
 
 
 def draw_windows(windows, clip_starts, copy_of, rng):
     """What one epoch shows of the training windows (n, T), rows of frames.
 
-    A share RANDOM_NEIGHBOURS of them shows earlier frames at random, in their order, instead of
-    the last ones: a network that has seen these is not misled by gaps or other frame rates. And
-    half of all show the jittered copies of those of their frames that have one, see Frames."""
+    A share RANDOM_NEIGHBOURS of them shows random earlier frames, in their order, instead of the
+    last ones. A network that has seen these is not misled by gaps or other frame rates. In half of
+    all windows, every frame that has a jittered copy is replaced by it, see Frames."""
     ends = windows[:, -1:]
     lowest = np.maximum(ends - NEIGHBOUR_RANGE, clip_starts[:, None])
     earlier = rng.integers(lowest, ends + 1, (len(windows), windows.shape[1] - 1))
@@ -367,9 +298,9 @@ def read_image(source):
 
 
 def check_frames(sources, cache=None):
-    """Reads each frame once, and decodes it unless the folder cache has its features. Returns a
-    DataFrame: digest, the MD5 of its content; width, height; pages, those of its file; and
-    problem: why it cannot be read, or None."""
+    """Finds the frames that cannot be read. It decodes each, unless the folder cache has features
+    of it. Returns a DataFrame: digest, the MD5 of its content; width; height; pages, those of its
+    file; and problem: why it cannot be read, or None."""
     cached = {path.stem for path in cache.glob("*/*.npz")} if cache else set()
 
     def check(source):
@@ -385,9 +316,9 @@ def check_frames(sources, cache=None):
             pages = image.n_frames if image.format == "TIFF" else 1
             if digest not in cached:
                 read_image(source)
-        except Exception as error:  # Pillow raises many kinds
+        except Exception as error:  # Pillow raises many types
             name = "array" if is_array else source.name
-            problem = "no image" if isinstance(error, UnidentifiedImageError) else error
+            problem = "not an image" if isinstance(error, UnidentifiedImageError) else error
             return None, 0, 0, 0, f"{name}: {problem}"
         return digest, width, height, pages, None
 
@@ -419,8 +350,8 @@ def jitter(image, rng):
 
 def choose_copied(digests, rows):
     """Which of these rows (n,), of labelled training frames in order, get a jittered copy: a share
-    AUGMENT of them, one out of each few in a row, the one with the smallest digest. That is a
-    choice by chance, but the same one in all experiments, so that they share features."""
+    AUGMENT of them, one from each of as many consecutive groups. It is the one with the smallest
+    digest, a choice by chance that all experiments share, so that they share features, too."""
     n_copied = round(AUGMENT * len(rows))
     groups = np.array_split(rows, n_copied) if n_copied else []
     return np.array([min(group, key=digests.__getitem__) for group in groups], int)
@@ -512,7 +443,7 @@ def choose_precision():
 
 def load_resnet50():
     """ResNet50 without its top (He et al., "Deep residual learning for image recognition", CVPR
-    2016): (model, what its weights are, whether they are random). Raises InputError."""
+    2016): (model, name of its weights, whether they are random). Raises InputError."""
 
     def build(weights):
         keras.utils.set_random_seed(SEED)  # the same random weights whatever came before
@@ -524,7 +455,7 @@ def load_resnet50():
     if WEIGHTS == "imagenet":
         try:
             return build(WEIGHTS), WEIGHTS, False
-        except Exception:  # of many kinds: no network, no disk space, ...
+        except Exception:  # no network, no room on the disk, ...
             print("Warning: ImageNet's weights could not be loaded, so random ones are used, which"
                   f" count worse. Without a network, set WEIGHTS to a copy of {IMAGENET_FILE}.",
                   file=sys.stderr)
@@ -534,15 +465,16 @@ def load_resnet50():
         raise InputError(f"{path}: no such file; correct WEIGHTS")
     try:
         return build(str(path)), path.name, False
-    except Exception as error:  # of many kinds
-        problem = f"no weights of Keras's ResNet50 without top ({shorten(str(error), 150)})"
+    except Exception as error:  # Keras raises many types
+        problem = f"not a weight file of Keras's ResNet50 without top ({shorten(str(error), 150)})"
         raise InputError(f"{path}: {problem}; correct WEIGHTS") from error
 
 
 def normalise(frames):
     """RGB frames (n, H, W, 3) -> BGR, as ImageNet's weights expect. Each channel of each frame gets
-    a mean of 0 and ImageNet's standard deviation, whatever the light."""
+    a mean of 0 and a standard deviation of 57, ImageNet's, whatever the light."""
     x = ops.cast(ops.flip(frames, axis=-1), "float32")
+    # groups=-1: each channel by itself. epsilon=1.0 keeps the noise of a black frame small.
     x = layers.GroupNormalization(groups=-1, epsilon=1.0, center=False, scale=False)(x)
     return layers.Rescaling(57.0)(x)
 
@@ -600,12 +532,12 @@ def summarise(feature_map, grid):
     return summary
 
 
-def build_backbone(calibration, precision):
+def build_backbone(calibration_frames, precision):
     """ResNet50 read at the layers of FEATURE_LAYERS: a frame (H, W, 3) uint8 -> its features (F,).
-    calibration: training frames (n, H, W, 3) that calibrate random weights. Returns (model, what
-    its weights are). Raises InputError."""
-    keras.utils.clear_session()  # numbers layers anew, so that the cache knows them again
-    resnet, weights, is_random = load_resnet50()
+    calibration_frames: training frames (n, H, W, 3), for random weights. Returns (model, name of
+    its weights). Raises InputError."""
+    keras.utils.clear_session()  # gives layers the same names in every run: open_cache needs that
+    resnet, weights_name, is_random = load_resnet50()
     constant = "FEATURE_LAYERS_RANDOM" if is_random else "FEATURE_LAYERS"
     grids = globals()[constant]
     names = [layer.name for layer in resnet.layers]
@@ -616,7 +548,7 @@ def build_backbone(calibration, precision):
     feature_maps = [resnet.get_layer(name).output for name in grids]
     resnet = keras.Model(resnet.input, feature_maps, name="resnet50")
     if is_random:
-        calibrate(resnet, calibration)
+        calibrate(resnet, calibration_frames)
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
     feature_maps = keras.tree.flatten(fold_batchnorm(resnet, grids, precision)(normalise(frame)))
     features = []
@@ -628,7 +560,7 @@ def build_backbone(calibration, precision):
         raise InputError(f"{constant}: {problem}; take coarser grids")
     backbone = keras.Model(frame, features, name="backbone")
     backbone.trainable = False
-    return backbone, weights
+    return backbone, weights_name
 
 
 def open_cache(backbone, cache):
@@ -651,59 +583,57 @@ def run_backbone(backbone, frames, rows):
 
 def extract_features(backbone, frames, cache=None):
     """Yields the features (n, F) of all rows of frames, some rows at a time. With a folder cache,
-    they come from there if it has them, a file for each frame named by its digest, or else from
-    ResNet50 and are kept there. Raises InputError for a file that cannot be written."""
+    features that it has are taken from there, a file for each frame named by its digest; those
+    that ResNet50 computes are kept there. Raises InputError for a file that cannot be written."""
     folder = open_cache(backbone, cache) if cache else None
     files = [f"{digest}.npz" for digest in frames.digests]
-    kept = {path.name for path in folder.glob("*.npz")} & set(files) if folder else set()
-    n_left = sum(file not in kept for file in files)
+    n_left = sum(not (folder and (folder / file).exists()) for file in files)
+    if 64 < n_left < len(files):
+        print(f"{len(files) - n_left} of them are in {cache}, {n_left} are left.")
     bar = keras.utils.Progbar(n_left, unit_name="frame", verbose=int(n_left > 64))
-    if kept and n_left > 64:
-        print(f"{len(files) - n_left} of {len(files)} are in {cache}, {n_left} are left.")
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
     for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
         features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
-        for place, row in enumerate(rows):
-            with suppress(Exception):  # a damaged file raises many kinds: computed anew below
-                if files[row] in kept:
-                    with np.load(folder / files[row]) as file:
-                        features[place] = file["features"]
+        for place, row in enumerate(rows if folder else []):
+            with suppress(Exception):  # the file is not there, or damaged: NaN stays
+                with np.load(folder / files[row]) as file:
+                    features[place] = file["features"]
         missing = np.flatnonzero(np.isnan(features).any(axis=1))
         if len(missing):
             features[missing] = run_backbone(backbone, frames, rows[missing])
-        if folder and len(missing):
+            bar.add(len(missing))
+        if len(missing) and folder:
             write_files(folder, {files[rows[place]]: partial(np.savez, features=features[place])
                                  for place in missing})
-        if n_left:
-            bar.add(sum(files[row] not in kept for row in rows))
         yield features
 
 
-def build_reduction(frames, copies):
-    """The end of stage 1: features (F,) -> feature vector (K,). frames (M, F), copies (C, F): the
-    features of the training frames and of their jittered copies, which it is fitted to.
+def build_reduction(frame_features, copy_features):
+    """The end of stage 1: features (F,) -> feature vector (K,), fitted to the features of the
+    training frames (M, F) and of their jittered copies (C, F).
 
     Returns a model of two layers. "standardised" centres the features and divides each by its
     standard deviation, all on one scale: the median training frame has length 1. So one
     LEARNING_RATE suits all videos, and a frame whose length is above UNFAMILIAR is unlike those
     of training. "components" gives the principal components."""
-    features = np.concatenate([frames, copies])
+    features = np.concatenate([frame_features, copy_features])
     scaler = preprocessing.StandardScaler().fit(features)
     deviation = np.sqrt(scaler.var_)
     floor = 0.1 * float(np.median(deviation))  # a feature that hardly varied may do so one day
     deviation = np.maximum(deviation, max(floor, 1e-3))
-    deviates = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
-    lengths = np.linalg.norm(deviates[: len(frames)], axis=1)
-    scale = max(float(np.median(lengths)), 1.0)
+    scaled = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
+    lengths = np.linalg.norm(scaled[: len(frame_features)], axis=1)
+    deviation = deviation * max(float(np.median(lengths)), 1.0)
 
     reduction = keras.Sequential(name="reduction")
     reduction.add(keras.Input((features.shape[1],), name="features"))
-    variance = np.square(deviation * scale)
+    variance = np.square(deviation)
     reduction.add(layers.Normalization(mean=scaler.mean_, variance=variance, name="standardised"))
     if COMPONENTS:
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
-        # One power iteration does as well here as the default's, in a third of the time.
-        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED).fit(deviates)
+        # One power iteration is as accurate here as scikit-learn's default, and takes a third of
+        # the time.
+        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED).fit(scaled)
         reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
         reduction.layers[-1].set_weights([pca.components_.T])  # no bias: their mean is 0
     return reduction
@@ -717,11 +647,10 @@ def build_spatial(backbone, reduction):
 
 
 # == Stages 2 and 3: temporal, regression ========
-def build_temporal(vector_length):
-    """Stage 2: feature vectors (T, K = vector_length) -> the LSTM's memory of them
-    (LSTM_UNITS,)."""
+def build_temporal(vector_size):
+    """Stage 2: feature vectors (T, K = vector_size) -> the LSTM's memory of them (LSTM_UNITS,)."""
     temporal = keras.Sequential(name="temporal")
-    temporal.add(keras.Input((SEQUENCE_LENGTH, vector_length), name="vectors"))
+    temporal.add(keras.Input((SEQUENCE_LENGTH, vector_size), name="vectors"))
     if PROJECTION:
         start = keras.initializers.RandomNormal(stddev=0.01)  # Keras's own grows as K shrinks
         temporal.add(layers.Dense(PROJECTION, kernel_initializer=start, name="projection"))
@@ -768,19 +697,25 @@ def train(model, training, validation=None):
 def check_trained(predicted, counts):
     """Raises InputError for a network that counts its own training frames far worse than their
     mean does."""
-    if not np.mean((predicted - counts) ** 2) <= 2 * max(counts.var(), 1.0):  # true of NaN, too
-        remedy = "try a lower LEARNING_RATE; earlier results stay as they were"
-        raise InputError(f"the network is far worse than always the mean count; {remedy}")
+    mse = np.mean((predicted - counts) ** 2)
+    if not np.isfinite(mse) or mse > 2 * max(counts.var(), 1.0):
+        problem = "the network is far worse than always predicting the mean count"
+        raise InputError(f"{problem}; try a lower LEARNING_RATE (earlier results stay)")
 
 
 # == Evaluation: metrics, results, figures ========
+def is_accurate(true, predicted):
+    """Which counts (n,) are within TOLERANCE of the truth. A true 0 needs one that rounds to 0."""
+    is_within = np.abs(predicted - true) <= TOLERANCE * true
+    return np.where(true == 0, np.round(predicted) == 0, is_within)
+
+
 def measure(true, predicted):
-    """Metrics of counts (n,). accuracy is the share within TOLERANCE of the truth; a true 0 needs
-    a count that rounds to 0."""
-    error = np.abs(predicted - true)
-    is_accurate = np.where(true == 0, np.round(predicted) == 0, error <= TOLERANCE * true)
+    """Metrics of counts (n,); accuracy is the share of accurate ones."""
+    error = predicted - true
     mse = np.mean(error**2)
-    return {"mae": error.mean(), "mse": mse, "rmse": mse**0.5, "accuracy": is_accurate.mean()}
+    accuracy = is_accurate(true, predicted).mean()
+    return {"mae": np.abs(error).mean(), "mse": mse, "rmse": mse**0.5, "accuracy": accuracy}
 
 
 def describe_metrics(name, metrics):
@@ -804,7 +739,7 @@ def print_replaced(outputs):
     now = get_constants()
     changed = [f"{name} = {value!r}" for name, value in earlier if value != now.get(name)]
     if changed:
-        print(f"Will replace the results of {shorten(', '.join(changed), 150)} in {outputs}.")
+        print(f"This run will replace the results of {shorten(', '.join(changed), 150)}.")
 
 
 def save_results(outputs, model, history, table, run):
@@ -832,7 +767,7 @@ def save_results(outputs, model, history, table, run):
         print(describe_metrics("Validation frames", metrics))
         print(describe_metrics("Always the mean count", baseline))
         few = ", which are so few that they tell little" if len(validation) < 20 else ""
-        print(f"These figures are from {len(validation)} frames{few}.")
+        print(f"These metrics come from {len(validation)} frames{few}.")
     else:
         print("No label was left to validate: nothing is known of the error on other frames.")
     return metrics, baseline
@@ -847,7 +782,7 @@ def name_frames(axis, names):
     axis.xaxis.set_major_formatter(lambda place, _: names.get(place, ""))
 
 
-def draw_loss(history, baseline):
+def plot_loss(history, baseline):
     """The error by epoch. baseline: the metrics of the mean count, or None."""
     figure, axis = plt.subplots(figsize=(6, 4))
     style = {"marker": "o" if len(history) == 1 else None}
@@ -863,7 +798,7 @@ def draw_loss(history, baseline):
     return figure
 
 
-def draw_predictions(validation, weights, metrics):
+def plot_predictions(validation, weights_name, metrics):
     """True and predicted counts, against each other and frame by frame."""
     if validation.empty:
         return None
@@ -878,13 +813,13 @@ def draw_predictions(validation, weights, metrics):
     left.legend()
     sns.lineplot(counts, linewidth=1, marker="o" if len(counts) < 50 else None, ax=right)
     name_frames(right, validation["id"])
-    right.set(xlabel="Validation frame: its id in labels.csv", ylabel="People")
+    right.set(xlabel="Validation frame (its id)", ylabel="People")
     title = f"{FRAMES}: the last {len(validation)} labelled frames, MAE {metrics['mae']:.2f}"
-    figure.suptitle(f"{title} (ResNet50 weights: {weights})", parse_math=False)
+    figure.suptitle(f"{title} (ResNet50 weights: {weights_name})", parse_math=False)
     return figure
 
 
-def draw_examples(validation, folder):
+def plot_examples(validation, folder):
     """Validation frames with their counts: the three largest errors, then three typical ones.
     folder: where the frames are."""
     if validation.empty:
@@ -898,16 +833,16 @@ def draw_examples(validation, folder):
     for axis, row in zip(axes.flat, [*order[:3], *order[middle : middle + 3]]):
         label = validation.iloc[row]
         axis.imshow(read_image(folder / label["frame"]))
-        is_accurate = abs(error.iloc[row]) <= TOLERANCE * label["true"]
         text = f"{label['id']}: true {label['true']:g}, predicted {label['predicted']:.1f}"
         axis.set_title(f"{text} ({error.iloc[row]:+.1f})", parse_math=False,
-                       color="tab:green" if is_accurate else "tab:red")
+                       color="tab:green" if is_accurate(label["true"], label["predicted"])
+                       else "tab:red")
     figure.suptitle(f"Validation frames: the largest errors, then typical ones"
                     f" (red: off by more than {TOLERANCE:.0%})")
     return figure
 
 
-def draw_counts(table, labels=None):
+def plot_counts(table, labels=None):
     """The counts of new frames. labels: true counts, by the names of frames, of some of them."""
     figure, axis = plt.subplots(figsize=(11, 4))
     axis.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3, label="counted")
@@ -927,23 +862,28 @@ def draw_counts(table, labels=None):
 
 
 def save_figures(folder, figures):
-    """Saves figures {name: function that draws it, or returns None} in the place of those of an
-    earlier model, and shows them where there is a screen. What fails costs only the figures."""
+    """Saves figures {name: function that plots one, or returns None}. Those of an earlier model are
+    deleted first. A failure costs only the figures."""
     try:
         for name in figures:
             for ending in (".png", ".pdf"):
                 (folder / f"{name}{ending}").unlink(missing_ok=True)
         settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.compression": 1}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
-        for name, draw in figures.items():
-            if figure := draw():
+        for name, plot in figures.items():
+            if figure := plot():
                 save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
                 write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
-        if plt.get_backend().lower() != "agg":
-            plt.show()
-        plt.close("all")
     except (InputError, OSError, ImportError, RuntimeError) as error:
-        print(f"Warning: no figures ({shorten(str(error), 200)}).", file=sys.stderr)
+        problem = shorten(str(error), 200)
+        print(f"Warning: the figures could not be saved ({problem}).", file=sys.stderr)
+
+
+def show_figures():
+    """Shows all figures, where there is a screen, until their windows are closed."""
+    if plt.get_backend().lower() != "agg":
+        plt.show()
+    plt.close("all")
 
 
 # == Counting new footage ========
@@ -966,7 +906,7 @@ def load_stages(model):
         return [*inner, *(loaded.get_layer(name) for name in ("temporal", "regression"))]
     except FileNotFoundError as error:
         raise InputError(f"{model}: no such file; train a model first") from error
-    except Exception as error:  # Keras raises many kinds
+    except Exception as error:  # Keras raises many types
         problem = f"cannot be opened with Keras {keras.__version__} as a model of this script"
         reason = shorten(str(error), 200)
         raise InputError(f"{model}: {problem} ({reason}); train a model first") from error
@@ -980,6 +920,8 @@ def list_sources(frames):
             return [path.name], [path]
         names, _ = list_frames(path)
         return names, [path / name for name in names]
+    if isinstance(frames, np.ndarray) and frames.ndim == 3:
+        frames = [frames]
     names, sources = [], []
     for frame in frames:
         is_path = isinstance(frame, (str, Path))
@@ -1044,13 +986,95 @@ def count_folder():
     if resolve_path(COUNT).resolve() == resolve_path(FRAMES).resolve():
         with suppress(OSError, ValueError, LookupError):  # the figure can go without them
             labels = pd.read_csv(outputs / "predictions.csv", index_col="frame")["true"]
-    save_figures(outputs, {"counts": partial(draw_counts, table, labels)})
+    save_figures(outputs, {"counts": partial(plot_counts, table, labels)})
     is_familiar = ~table["unfamiliar"].fillna(True).astype(bool)
-    n_doubtful = int(table["unfamiliar"].sum())
-    print(f"{table['count'][is_familiar].mean():.1f} people on average;",
-          f"{n_doubtful} of {len(table)} frames look unlike the training frames"
-          + (": doubt their counts, which that leaves out." if n_doubtful else "."))
+    if is_familiar.any():
+        print(f"{table['count'][is_familiar].mean():.1f} people on average.")
+    n_unfamiliar = int(table["unfamiliar"].sum())
+    doubt = ": doubt their counts. The average leaves them out." if n_unfamiliar else "."
+    print(f"{n_unfamiliar} of {len(table)} frames look unlike the training frames{doubt}")
     print(f"Done in {time.time() - started:.0f} s. Open {outputs / 'counts.png'} and counts.csv.")
+    show_figures()
+
+
+# == Checks and files ========
+def check_constants():
+    """Raises InputError for values that would fail late, silently or without a name."""
+
+    def require(is_right, name, remedy):
+        if not is_right:
+            raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
+
+    def is_whole(value, lowest):
+        return isinstance(value, int) and value >= lowest
+
+    require(LABELS and isinstance(LABELS, (str, Path)), "LABELS", "a path, in quotes")
+    require(FRAMES and isinstance(FRAMES, (str, Path)), "FRAMES", "a path, in quotes")
+    require(OUTPUTS and isinstance(OUTPUTS, (str, Path)), "OUTPUTS", "a path, in quotes")
+    require(CACHE and isinstance(CACHE, (str, Path)), "CACHE", "a path, in quotes")
+    require(COUNT is None or str(COUNT), "COUNT", "a path, in quotes, or None")
+    require(WEIGHTS is None or str(WEIGHTS), "WEIGHTS", "a path, in quotes, or None")
+    require(0 <= TRAIN_FRACTION <= 1, "TRAIN_FRACTION", "a share, 0 to 1")
+    is_size = len(FRAME_SIZE) == 2 and all(is_whole(side, 32) for side in FRAME_SIZE)
+    require(is_size, "FRAME_SIZE", "(height, width), whole numbers from 32")
+    require(is_whole(SEQUENCE_LENGTH, 1), "SEQUENCE_LENGTH", "a whole number from 1")
+    require(is_whole(EPOCHS, 1), "EPOCHS", "a whole number from 1")
+    require(is_whole(BATCH_SIZE, 1), "BATCH_SIZE", "a whole number from 1")
+    require(0 < LEARNING_RATE < 100, "LEARNING_RATE", "a number above 0, such as 0.1")
+    require(is_whole(SEED, 0), "SEED", "a whole number from 0")
+    require(0 <= TOLERANCE <= 1, "TOLERANCE", "a share, 0 to 1")
+    require(is_whole(FRAME_BATCH, 1), "FRAME_BATCH", "a whole number from 1")
+    precisions = ("auto", "float32", "mixed_bfloat16")
+    require(PRECISION in precisions, "PRECISION", f"one of {precisions}")
+    require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
+    for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
+        grids = globals()[name].values()
+        is_right = grids and all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
+        require(is_right, name, "{layer: (rows, columns)}, whole numbers from 1")
+    require(FEATURE_SPREAD in (True, False), "FEATURE_SPREAD", "True or False")
+    require(is_whole(COMPONENTS, 0), "COMPONENTS", "a whole number from 0")
+    require(0 <= AUGMENT <= 1, "AUGMENT", "a share, 0 to 1")
+    require(0 <= RANDOM_NEIGHBOURS <= 1, "RANDOM_NEIGHBOURS", "a share, 0 to 1")
+    require(is_whole(NEIGHBOUR_RANGE, 0), "NEIGHBOUR_RANGE", "a whole number from 0")
+    require(UNFAMILIAR > 0, "UNFAMILIAR", "a number above 0, such as 2.0")
+    try:
+        keras.optimizers.get(OPTIMIZER)
+    except Exception as error:  # Keras raises many types
+        remedy = 'make it "adam", say, or the dict that the script comes with'
+        raise InputError(f"{OPTIMIZER = }: {remedy} ({shorten(str(error), 150)})") from error
+
+
+def write_files(folder, writers):
+    """Writes files {name: write(path)}. They are written under temporary names first and moved
+    when all are whole, so that no file is ever half written. Raises InputError."""
+    targets = {folder / name: folder / f".new-{name}" for name in writers}
+    try:
+        for target, write in zip(targets, writers.values()):
+            write(targets[target])
+            if target.exists():
+                target.open("ab").close()  # fails now if another program holds the file
+        for target, new in targets.items():
+            with suppress(FileNotFoundError):  # a run that shares the cache has moved it already
+                os.replace(new, target)
+    except OSError as error:
+        for new in targets.values():
+            new.unlink(missing_ok=True)
+        is_blocked = isinstance(error, (PermissionError, IsADirectoryError))
+        remedy = "close it or move it away" if is_blocked else "make room for it"
+        problem = f"cannot be written ({error.strerror or 'is the disk full?'})"
+        raise InputError(f"{target}: {problem}; {remedy}") from error
+
+
+def prepare_folder(folder, constant):
+    """Makes the folder that a constant names. Raises InputError if it cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        problem = "it is a file" if folder.is_file() else error.strerror
+        remedy = f"set {constant} to another folder"
+        raise InputError(f"{folder}: cannot be written to ({problem}); {remedy}") from error
+    return folder
 
 
 # == Main ========
@@ -1083,10 +1107,11 @@ def load_data():
         "true": counts.astype(int) if (counts % 1 == 0).all() else counts,
     })
 
-    # Windows first hold rows of all_names (N, T), then, of only the names that they show, (P,).
-    all_rows = make_windows(ends, find_clip_starts(all_names)[ends], SEQUENCE_LENGTH)
-    shown, windows = np.unique(all_rows, return_inverse=True)
-    windows = windows.reshape(all_rows.shape)
+    # all_windows (N, T) are rows of all_names. windows (N, T) are the same, but as rows of names
+    # (P,), which leaves out the frames that no window shows.
+    all_windows = make_windows(ends, find_clip_starts(all_names)[ends], SEQUENCE_LENGTH)
+    shown, windows = np.unique(all_windows, return_inverse=True)
+    windows = windows.reshape(all_windows.shape)
     names = [all_names[row] for row in shown]
     clip_starts = find_clip_starts(names)[windows[:, -1]]
 
@@ -1100,9 +1125,9 @@ def load_data():
 
 
 def check_data(paths, table, cache):
-    """Reads the frames at paths (P,) once and returns their digests (P,). Prints what distorts
-    them. Raises InputError for frames that cannot be read, and for the sample's labels beside
-    other frames."""
+    """Checks the frames at paths (P,) and returns their digests (P,). Prints what distorts them.
+    Raises InputError for frames that cannot be read, and for the sample's labels beside other
+    frames."""
     checked = check_frames(paths, cache)
     if checked["problem"].notna().any():
         raise InputError(f"{resolve_path(FRAMES)}: {describe_problems(checked)}; replace them")
@@ -1163,10 +1188,11 @@ def main():
     copied = choose_copied(digests, windows[:n_train, -1])  # (C,)
     frames = Frames(paths, digests, FRAME_SIZE, copied)
 
-    # Stage 1, spatial: frozen ResNet50, then PCA, fitted to the training frames.
+    # Stage 1, spatial: frozen ResNet50, then PCA, fitted to features of the training frames.
     device, precision = choose_precision()
-    backbone, weights = build_backbone(frames[training_rows[:2]], precision)
-    print(f"ResNet50 ({weights}; {precision}; {device}) reads {len(frames)} images:",
+    calibration_frames = frames[training_rows[:2]]  # for random weights; more would fill the memory
+    backbone, weights_name = build_backbone(calibration_frames, precision)
+    print(f"ResNet50 ({weights_name}; {precision}; {device}) reads {len(frames)} images:",
           f"{len(names)} frames and {len(copied)} jittered copies.")
     features = np.concatenate(list(extract_features(backbone, frames, cache)))  # (P + C, F)
     reduction = build_reduction(features[training_rows], features[len(names) :])
@@ -1184,28 +1210,30 @@ def main():
         model = keras.Sequential([spatial, temporal, regression])
         frame_data, eval_batch_size = frames, batch_size
     draw = partial(draw_windows, clip_starts=clip_starts[:n_train], copy_of=frames.copy_of)
-    training = WindowSequence(frame_data, windows[:n_train], counts[:n_train], batch_size, draw)
-    feed = partial(WindowSequence, frame_data, batch_size=eval_batch_size)
-    validation = feed(windows[n_train:], counts[n_train:]) if n_train < len(table) else None
+    feed = partial(WindowSequence, frame_data)
+    training = feed(windows[:n_train], counts[:n_train], batch_size, draw)
+    validation = None
+    if n_train < len(table):
+        validation = feed(windows[n_train:], counts[n_train:], eval_batch_size)
     history = train(model, training, validation)
 
     # Evaluation: the count of every labelled frame.
-    everything = feed(windows, counts)
-    predicted = model.predict(everything, verbose=0)[:, 0]  # (N,)
+    predicted = model.predict(feed(windows, counts, eval_batch_size), verbose=0)[:, 0]  # (N,)
     check_trained(predicted[:n_train], counts[:n_train])
     table["predicted"] = np.maximum(predicted, 0)
     network = build_network(spatial, temporal, regression)
-    run = {"weights": weights, "precision": precision, "device": device,
+    run = {"weights": weights_name, "precision": precision, "device": device,
            "features": features.shape[1], "components": vectors.shape[1]}
     metrics, baseline = save_results(outputs, network, history, table, run)
     validated = table[table["split"] == "validation"]
     save_figures(outputs, {
-        "loss": partial(draw_loss, history, baseline),
-        "predictions": partial(draw_predictions, validated, weights, metrics),
-        "examples": partial(draw_examples, validated, resolve_path(FRAMES)),
+        "loss": partial(plot_loss, history, baseline),
+        "predictions": partial(plot_predictions, validated, weights_name, metrics),
+        "examples": partial(plot_examples, validated, resolve_path(FRAMES)),
     })
     print(f"Done in {time.time() - started:.0f} s. Open {outputs}:",
           "predictions.png and examples.png show how well it counts.")
+    show_figures()
 
 
 def run_as_script():

@@ -34,15 +34,15 @@ def test_counting_the_training_footage_gives_its_predictions(finished, constants
     assert not written["unfamiliar"].any() and "0 of 20 frames look unlike" in said
 
 
-@pytest.mark.parametrize("form", ["array", "arrays", "paths", "texts", "images", "one text"])
+@pytest.mark.parametrize("form", ["array", "arrays", "paths", "texts", "images", "one text", "one array"])
 def test_frames_come_as_files_or_arrays(finished, form):
     paths = frame_paths(finished)[:3]
     expected = count(finished, paths)["count"].to_numpy()
     arrays = np.stack([np.asarray(Image.open(path)) for path in paths])
     forms = {"array": arrays, "arrays": list(arrays), "paths": paths, "texts": list(map(str, paths)),
-             "images": list(map(Image.open, paths)), "one text": str(paths[0])}
+             "images": list(map(Image.open, paths)), "one text": str(paths[0]), "one array": arrays[0]}
     names = {"paths": [path.as_posix() for path in paths], "one text": ["seq_000001.jpg"]}
-    names["texts"] = names["paths"]
+    names |= {"texts": names["paths"], "one array": [0]}
     counts = count(finished, forms[form])
     assert counts.index.tolist() == names.get(form, [0, 1, 2])
     np.testing.assert_allclose(counts["count"], expected[: len(counts)], atol=1e-3)
@@ -175,7 +175,7 @@ def test_a_video_or_an_empty_folder_is_answered_with_the_command_that_makes_fram
 
 
 def test_arrays_that_are_no_frames_are_refused(finished):
-    shapes = (48, 64, 3), (2, 48, 64), (2, 48, 64, 2), (2, 0, 64, 3)
+    shapes = (48, 64), (2, 48, 64), (2, 48, 64, 2), (2, 0, 64, 3)
     for array in (np.zeros((2, 48, 64, 3)), *(np.zeros(shape, "uint8") for shape in shapes)):
         with pytest.raises(ts.InputError, match=r"array: .*(not \(H, W, 3\)|data type)"):
             count(finished, array)

@@ -192,7 +192,7 @@ def test_results_of_another_experiment_are_named_before_they_are_replaced(finish
     run()
     assert "replace" not in capsys.readouterr().out
     run(SEED=1, EPOCHS=1)
-    assert "Will replace the results of EPOCHS = 2, SEED = 0 in" in capsys.readouterr().out
+    assert "will replace the results of EPOCHS = 2, SEED = 0." in capsys.readouterr().out
     (finished / "outputs" / "metrics.json").write_text("[]")
     run(EPOCHS=1)
     assert "replace" not in capsys.readouterr().out
@@ -238,10 +238,10 @@ def tick_labels(axis):
 
 def test_the_loss_is_shown_as_rmse_by_epoch_beside_the_mean_count():
     history = pd.DataFrame({"mse": 4.0, "val_mse": 9.0}, index=range(1, 4))
-    (axis,) = ts.draw_loss(history, {"rmse": 6.0}).axes
+    (axis,) = ts.plot_loss(history, {"rmse": 6.0}).axes
     assert [line.get_ydata()[0] for line in axis.lines] == [2, 3, 6]
     assert axis.get_title() == "RMSE by epoch"
-    one = ts.draw_loss(history[:1], {"rmse": 6.0}).axes[0]
+    one = ts.plot_loss(history[:1], {"rmse": 6.0}).axes[0]
     assert all(line.get_marker() == "o" for line in one.lines[:2]), "one epoch is a point, not a line"
     plt.close("all")
 
@@ -249,7 +249,7 @@ def test_the_loss_is_shown_as_rmse_by_epoch_beside_the_mean_count():
 @pytest.mark.parametrize("ids", [None, ["b/2.jpg", "b/10.jpg", "c/1.jpg"]])
 def test_predictions_are_shown_by_the_ids_of_their_frames(ids):
     table = make_table(3, ids)
-    left, right = ts.draw_predictions(table, "imagenet", {"mae": 1.234}).axes
+    left, right = ts.plot_predictions(table, "imagenet", {"mae": 1.234}).axes
     assert left.collections[-1].get_offsets()[:, 1].tolist() == [5, 6, 7]
     assert right.lines[0].get_xydata().tolist() == [[0, 5], [1, 5], [2, 5]]
     assert tick_labels(right) == {0: str(table["id"][0]), 1: str(table["id"][1]), 2: str(table["id"][2])}
@@ -260,7 +260,7 @@ def test_predictions_are_shown_by_the_ids_of_their_frames(ids):
 
 @pytest.mark.parametrize(("n", "shown"), [(11, [10, 9, 8, 6, 5, 4]), (5, [4, 3, 2, 1, 0]), (1, [0])])
 def test_examples_are_the_largest_errors_then_typical_ones(video, n, shown):
-    figure = ts.draw_examples(make_table(n), video / "frames" / "frames")
+    figure = ts.plot_examples(make_table(n), video / "frames" / "frames")
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == [f"{101 + place}: true 5, predicted {5 + place:.1f} ({place:+.1f})" for place in shown]
     colours = [axis.title.get_color() for axis in figure.axes if axis.get_title()]
@@ -272,14 +272,14 @@ def test_counts_are_shown_with_labels_and_what_is_unfamiliar():
     unfamiliar = pd.array([False, True, pd.NA, False], "boolean")
     names = pd.Index(["a.jpg", "b.jpg", "c.jpg", "d.jpg"], name="frame")
     table = pd.DataFrame({"count": [3.0, 4, np.nan, 5], "unfamiliar": unfamiliar}, index=names)
-    (axis,) = ts.draw_counts(table, pd.Series({"d.jpg": 7})).axes
+    (axis,) = ts.plot_counts(table, pd.Series({"d.jpg": 7})).axes
     (shade,) = axis.images
     assert shade.get_array().tolist() == [[0, 1, 1, 0]] and shade.get_extent()[:2] == [-0.5, 3.5]
     assert axis.get_ylim()[0] == 0 and tick_labels(axis)[1] == "b.jpg"
     np.testing.assert_array_equal(axis.lines[1].get_ydata(), [np.nan, np.nan, np.nan, 7])
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert len(labels) == 3 and any("unlike" in label for label in labels)
-    assert not ts.draw_counts(table[:1]).axes[0].images
+    assert not ts.plot_counts(table[:1]).axes[0].images
     plt.close("all")
 
 
@@ -298,7 +298,7 @@ def test_a_figure_that_cannot_be_drawn_costs_only_figures(finished, run, monkeyp
             run(EPOCHS=1)
     else:
         run(EPOCHS=1)
-        assert capsys.readouterr().err.count("no figures (no display)") == 1
+        assert capsys.readouterr().err.count("could not be saved (no display)") == 1
     assert results(finished / "outputs")[0]["mae"] > 0
     assert not list((finished / "outputs").glob("*.png")), "no figure of an earlier model stays"
 
@@ -311,6 +311,7 @@ def test_figures_are_shown_where_there_is_a_screen_when_they_are_saved(tmp_path,
     ts.plt.switch_backend(backend)
     try:
         ts.save_figures(tmp_path, {"one": ts.plt.figure})
+        ts.show_figures()
     finally:
         ts.plt.switch_backend("agg")
     assert seen == [{"one.png", "one.pdf"}] * n_shown

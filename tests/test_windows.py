@@ -32,6 +32,7 @@ ORDERS = {
     "a clock, then a number": ["20240101_100059_37.jpg", "20240101_100100_2.jpg"],
     "folders as numbers": ["2/001.jpg", "10/001.jpg", "10/002.jpg"],
     "frames of a folder stay together": ["a.jpg", "z.jpg", "clip/b.jpg"],
+    "folders of one number": ["clip_01/1.jpg", "clip_01/2.jpg", "clip_1/1.jpg", "clip_1/2.jpg"],
     "capitals": ["IMG_1.JPG", "img_2.jpg", "Img_3.png"],
 }  # fmt: skip
 
