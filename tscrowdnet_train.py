@@ -30,6 +30,7 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -100,7 +101,7 @@ FORGET_BIAS = -2.0  # higher gives earlier frames more weight at the start; Kera
 DENSE_UNITS = 64
 AUGMENT = 0.25  # share of labelled frames that also train in other light, the camera nudged
 RANDOM_NEIGHBOURS = 0.5  # share of training windows that show earlier frames at random
-NEIGHBOUR_RANGE = 20  # out of so many earlier ones, of those that the windows show
+NEIGHBOUR_RANGE = 30  # out of so many earlier ones, of those that the windows show
 UNFAMILIAR = 2.0  # mark frames so many times as far from the mean as the median training frame
 
 # -- Internal: nothing to edit below this line.
@@ -536,7 +537,6 @@ def build_backbone(calibration_frames, precision):
     """ResNet50 read at the layers of FEATURE_LAYERS: a frame (H, W, 3) uint8 -> its features (F,).
     calibration_frames: training frames (n, H, W, 3), for random weights. Returns (model, name of
     its weights). Raises InputError."""
-    keras.utils.clear_session()  # gives layers the same names in every run: open_cache needs that
     resnet, weights_name, is_random = load_resnet50()
     constant = "FEATURE_LAYERS_RANDOM" if is_random else "FEATURE_LAYERS"
     grids = globals()[constant]
@@ -567,7 +567,8 @@ def open_cache(backbone, cache):
     """The folder within the folder cache for features of this very network. Raises InputError."""
     pixels_version = 1  # raise it when read_image(), Frames.load() or jitter() changes
     versions = (pixels_version, keras.__version__, keras.backend.backend(), Image.__version__)
-    key = hashlib.md5(f"{versions} {backbone.to_json()}".encode())
+    layout = re.sub(r'_\d+"', '"', backbone.to_json())  # Keras numbers the same layers differently
+    key = hashlib.md5(f"{versions} {layout}".encode())
     for weights in backbone.get_weights():
         key.update(weights.tobytes())
     return prepare_folder(cache / key.hexdigest(), "CACHE")
@@ -687,7 +688,7 @@ def train(model, training, validation=None):
     The loss is mse / variance of the counts, so that one LEARNING_RATE suits all crowds."""
     optimizer = keras.optimizers.get(OPTIMIZER)
     steps = EPOCHS * len(training)
-    optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(LEARNING_RATE, steps)
+    optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(float(LEARNING_RATE), steps)
     variance = max(float(training.counts.var()), 1.0)
     model.compile(optimizer, "mse", loss_weights=1 / variance, metrics=["mse", "mae"])
     fit = model.fit(training, validation_data=validation, epochs=EPOCHS, shuffle=False, verbose=2)
@@ -1236,8 +1237,16 @@ def main():
     show_figures()
 
 
+def stop(*_):
+    """Ends the process at Ctrl-C. KeyboardInterrupt would now and then crash within TensorFlow."""
+    print("\nStopped; the same command goes on where it was.", file=sys.stderr)
+    os._exit(130)
+
+
 def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
+    if "IPython" not in sys.modules:  # a notebook's kernel must survive
+        signal.signal(signal.SIGINT, stop)
     tf.get_logger().setLevel("ERROR")  # else TensorFlow remarks on a last, smaller batch
     if len(sys.argv) > 1:
         name = Path(__file__).name
@@ -1249,9 +1258,6 @@ def run_as_script():
         if sys.flags.dev_mode:  # python -X dev
             raise
         sys.exit(shorten(f"Error: {error}", 500))
-    except KeyboardInterrupt:
-        print("\nStopped; the same command goes on where it was.", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -129,21 +129,21 @@ def read(sequence):
 
 @pytest.fixture
 def sequence():
-    """Feature vectors tell their rows; rows from 60 are the copies of 0 to 59."""
-    windows = ts.make_windows(np.arange(60), np.repeat([0, 30], 30), 3)
-    vectors = np.arange(120.0)[:, None] * [1, 10]
-    return lambda draw=None: ts.WindowSequence(vectors, windows, np.arange(60.0), 16, draw)
+    """Two clips of 40 frames. Feature vectors tell their rows; rows from 80 are the copies."""
+    windows = ts.make_windows(np.arange(80), np.repeat([0, 40], 40), 3)
+    vectors = np.arange(160.0)[:, None] * [1, 10]
+    return lambda draw=None: ts.WindowSequence(vectors, windows, np.arange(80.0), 32, draw)
 
 
 def draw(windows, rng):
-    return ts.draw_windows(windows, np.repeat([0, 30], 30), np.arange(60, 120), rng)
+    return ts.draw_windows(windows, np.repeat([0, 40], 40), np.arange(80, 160), rng)
 
 
 def test_validation_windows_come_whole_in_order_with_the_tail(sequence):
     x, y = read(sequence())
-    assert [len(sequence()[batch][0]) for batch in range(4)] == [16, 16, 16, 12]
-    assert y.tolist() == list(range(60)) and (x[:, :, 1] == 10 * x[:, :, 0]).all()
-    assert x[28:32, :, 0].tolist() == [[26, 27, 28], [27, 28, 29], [30, 30, 30], [30, 30, 31]]
+    assert [len(sequence()[batch][0]) for batch in range(3)] == [32, 32, 16]
+    assert y.tolist() == list(range(80)) and (x[:, :, 1] == 10 * x[:, :, 0]).all()
+    assert x[38:42, :, 0].tolist() == [[36, 37, 38], [37, 38, 39], [40, 40, 40], [40, 40, 41]]
     before = sequence()
     before.on_epoch_end()
     assert (read(before)[0] == x).all(), "nothing is drawn for them"
@@ -157,13 +157,13 @@ def test_what_an_epoch_draws(sequence):
     shares, reached = [], []
     for _ in range(60):
         x, y = read(training)
-        assert sorted(y) == list(range(60))
+        assert sorted(y) == list(range(80))
         rows = x[:, :, 0].astype(int)
-        is_copy = rows >= 60
+        is_copy = rows >= 80
         assert (is_copy.all(axis=1) | ~is_copy.any(axis=1)).all(), "all of its copies, or none"
-        rows %= 60
+        rows %= 80
         assert (rows[:, -1] == y).all() and (np.diff(rows) >= 0).all()
-        assert (rows // 30 == y[:, None] // 30).all(), "none leaves its clip"
+        assert (rows // 40 == y[:, None] // 40).all(), "none leaves its clip"
         assert (y[:, None] - rows <= ts.NEIGHBOUR_RANGE).all()
         is_own = [window == own[row] for window, row in zip(rows.tolist(), y.astype(int))]
         shares.append([np.mean(is_own), is_copy.mean()])

@@ -21,8 +21,8 @@ shrink(setattr)
 moments = random.Random(3)
 KINDS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, "full disk"]
 kills, status = 0, 1
-while kills < 5 or status:
-    kind = KINDS[kills % 4] if kills < 5 else None
+while kills < 4 or status:
+    kind = KINDS[kills % 4] if kills < 4 else None
     room = int(10 ** moments.uniform(2, 6))
     seconds = moments.uniform(0.2, 3)
     child = os.fork()  # imports are done: every moment of the child's life is the script's work
