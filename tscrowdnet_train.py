@@ -775,12 +775,10 @@ def save_results(outputs, model, history, table, run):
 
 
 def name_frames(axis, names):
-    """Writes some of the names below an x axis on which frames are at 0, 1, 2, ..."""
-    names = [str(name) for name in names]
+    """Writes up to six of the names below an x axis on which frames are at 0, 1, 2, ..."""
+    places = np.unique(np.linspace(0, len(names) - 1, 6).round().astype(int))
+    axis.set_xticks(places, [names[place] for place in places])
     axis.set_xlim(-0.5, len(names) - 0.5)
-    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    names = dict(enumerate(names))
-    axis.xaxis.set_major_formatter(lambda place, _: names.get(place, ""))
 
 
 def plot_loss(history, baseline):
@@ -794,7 +792,7 @@ def plot_loss(history, baseline):
         label = "validation frames, always the mean count"
         axis.axhline(baseline["rmse"], color="0.5", linestyle=":", label=label)
     axis.set(title="RMSE by epoch", ylim=0, xlabel="Epoch", ylabel="RMSE (people)")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axis.legend()
     return figure
 
@@ -813,7 +811,7 @@ def plot_predictions(validation, weights_name, metrics):
     left.set(xlim=ends, ylim=ends, xlabel="True count", ylabel="Predicted count", aspect="equal")
     left.legend()
     sns.lineplot(counts, linewidth=1, marker="o" if len(counts) < 50 else None, ax=right)
-    name_frames(right, validation["id"])
+    name_frames(right, validation["id"].tolist())
     right.set(xlabel="Validation frame (its id)", ylabel="People")
     title = f"{FRAMES}: the last {len(validation)} labelled frames, MAE {metrics['mae']:.2f}"
     figure.suptitle(f"{title} (ResNet50 weights: {weights_name})", parse_math=False)

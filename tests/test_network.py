@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import README, RESNET50, SIZE, count, frame_paths, read_frames, shallow_resnet50
+from conftest import RESNET50, SIZE, TESTS, count, frame_paths, read_frames, shallow_resnet50
 
 
 def test_the_network_has_the_three_stages(first_run, constants):
@@ -45,11 +45,12 @@ def test_the_saved_model_needs_no_code_of_this_project(finished):
     assert np.abs(np.load(finished / "counts.npy") - predicted).max() < 1e-3
 
 
-def test_the_readme_counts_a_window_as_count_people_does(finished, monkeypatch):
-    """Frames of another size: how they are resized matters."""
+def test_a_window_of_resized_frames_is_counted_as_count_people_does(finished, monkeypatch):
+    """Frames of another size: how they are resized matters. BENCHMARKS.md has these lines."""
     for path in frame_paths(finished):
         Image.open(path).resize((150, 101)).save(path, quality=95)
-    block = README.read_text().split("<!-- use -->")[1].split("```")[1].removeprefix("python\n")
+    page = (TESTS / "tools" / "BENCHMARKS.md").read_text()
+    block = page.split("<!-- use -->")[1].split("```")[1].removeprefix("python\n")
     names = {}
     monkeypatch.chdir(finished)
     exec(block, names)
