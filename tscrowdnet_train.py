@@ -998,44 +998,34 @@ def count_folder():
 
 # == Checks and files ========
 def check_constants():
-    """Raises InputError for values that would fail late, silently or without a name."""
+    """Raises InputError for values that would fail late, silently or without a name. Python and
+    Keras name the others at once."""
 
     def require(is_right, name, remedy):
         if not is_right:
             raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
 
-    def is_whole(value, lowest):
-        return isinstance(value, int) and value >= lowest
-
-    require(LABELS and isinstance(LABELS, (str, Path)), "LABELS", "a path, in quotes")
-    require(FRAMES and isinstance(FRAMES, (str, Path)), "FRAMES", "a path, in quotes")
-    require(OUTPUTS and isinstance(OUTPUTS, (str, Path)), "OUTPUTS", "a path, in quotes")
-    require(CACHE and isinstance(CACHE, (str, Path)), "CACHE", "a path, in quotes")
-    require(COUNT is None or str(COUNT), "COUNT", "a path, in quotes, or None")
-    require(WEIGHTS is None or str(WEIGHTS), "WEIGHTS", "a path, in quotes, or None")
-    require(0 <= TRAIN_FRACTION <= 1, "TRAIN_FRACTION", "a share, 0 to 1")
-    is_size = len(FRAME_SIZE) == 2 and all(is_whole(side, 32) for side in FRAME_SIZE)
-    require(is_size, "FRAME_SIZE", "(height, width), whole numbers from 32")
-    require(is_whole(SEQUENCE_LENGTH, 1), "SEQUENCE_LENGTH", "a whole number from 1")
-    require(is_whole(EPOCHS, 1), "EPOCHS", "a whole number from 1")
-    require(is_whole(BATCH_SIZE, 1), "BATCH_SIZE", "a whole number from 1")
+    require(OUTPUTS != "", "OUTPUTS", "a path, in quotes")
+    require(COUNT != "", "COUNT", "a path, in quotes, or None")
+    require(WEIGHTS != "", "WEIGHTS", "a path, in quotes, or None")
+    require(0 < TRAIN_FRACTION <= 1, "TRAIN_FRACTION", "a share, above 0 and up to 1")
+    is_size = len(FRAME_SIZE) == 2 and all(isinstance(side, int) for side in FRAME_SIZE)
+    require(is_size and min(FRAME_SIZE) >= 32, "FRAME_SIZE", "(height, width), from 32")
+    require(SEQUENCE_LENGTH >= 1, "SEQUENCE_LENGTH", "1 or more")
+    require(EPOCHS >= 1, "EPOCHS", "1 or more")
+    require(BATCH_SIZE >= 1, "BATCH_SIZE", "1 or more")
     require(0 < LEARNING_RATE < 100, "LEARNING_RATE", "a number above 0, such as 0.1")
-    require(is_whole(SEED, 0), "SEED", "a whole number from 0")
-    require(0 <= TOLERANCE <= 1, "TOLERANCE", "a share, 0 to 1")
-    require(is_whole(FRAME_BATCH, 1), "FRAME_BATCH", "a whole number from 1")
+    require(0 <= TOLERANCE <= 1, "TOLERANCE", "a share, from 0 to 1")
+    require(FRAME_BATCH >= 1, "FRAME_BATCH", "1 or more")
     precisions = ("auto", "float32", "mixed_bfloat16")
     require(PRECISION in precisions, "PRECISION", f"one of {precisions}")
     require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
     for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
         grids = globals()[name].values()
         is_right = grids and all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
-        require(is_right, name, "{layer: (rows, columns)}, whole numbers from 1")
-    require(FEATURE_SPREAD in (True, False), "FEATURE_SPREAD", "True or False")
-    require(is_whole(COMPONENTS, 0), "COMPONENTS", "a whole number from 0")
-    require(0 <= AUGMENT <= 1, "AUGMENT", "a share, 0 to 1")
-    require(0 <= RANDOM_NEIGHBOURS <= 1, "RANDOM_NEIGHBOURS", "a share, 0 to 1")
-    require(is_whole(NEIGHBOUR_RANGE, 0), "NEIGHBOUR_RANGE", "a whole number from 0")
-    require(UNFAMILIAR > 0, "UNFAMILIAR", "a number above 0, such as 2.0")
+        require(is_right, name, "{layer: (rows, columns)}")
+    require(0 <= AUGMENT <= 1, "AUGMENT", "a share, from 0 to 1")
+    require(0 <= RANDOM_NEIGHBOURS <= 1, "RANDOM_NEIGHBOURS", "a share, from 0 to 1")
     try:
         keras.optimizers.get(OPTIMIZER)
     except Exception as error:  # Keras raises many types

@@ -145,10 +145,10 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
 } | {
     f"{name} = {value!r}": (None, {name: value}, [f"{name} = {value!r}: make it "])
     for name, value in [
-        ("LABELS", None), ("OUTPUTS", ""), ("COUNT", ""), ("WEIGHTS", ""), ("EPOCHS", 0), ("BATCH_SIZE", 2.5),
-        ("SEED", -1), ("COMPONENTS", "many"), ("TRAIN_FRACTION", 80), ("AUGMENT", -1), ("TOLERANCE", 20),
+        ("OUTPUTS", ""), ("COUNT", ""), ("WEIGHTS", ""), ("EPOCHS", 0), ("BATCH_SIZE", 0), ("FRAME_BATCH", 0),
+        ("TRAIN_FRACTION", 80), ("AUGMENT", -1), ("TOLERANCE", 20), ("RANDOM_NEIGHBOURS", 50),
         ("FEATURE_LAYERS", {"conv1_relu": (0, 1)}), ("FRAME_SIZE", (300.0, 400.0)), ("FRAME_SIZE", (16, 64)),
-        ("SEQUENCE_LENGTH", 0), ("LEARNING_RATE", float("nan")), ("UNFAMILIAR", 0), ("PRECISION", "bf16"),
+        ("SEQUENCE_LENGTH", 0), ("LEARNING_RATE", float("nan")), ("PRECISION", "bf16"),
         ("CACHE_FEATURES", "no"), ("OPTIMIZER", "sdg"),
     ]
 }  # fmt: skip
@@ -278,7 +278,7 @@ def test_fuzzed_labels_and_images_end_in_success_or_one_line(tmp_path, constants
     whole = {path: path.read_bytes() for path in (csv, jpg)}
     digits = list(b"0123456789,;-.eE\"'\n\r\t\0 infa\xff")
     outcomes = set()
-    for trial in range(200):
+    for trial in range(100):
         path = (csv, jpg)[trial % 2]
         data = bytearray(whole[path])
         for _ in range(rng.integers(1, 6)):
