@@ -71,7 +71,7 @@ FRAME_SIZE = (300, 400)  # (height, width) that ResNet50 sees; larger if people 
 WEIGHTS = "imagenet"  # without a network: the path of a weight file; None: random, count worse
 
 # -- Training
-SEQUENCE_LENGTH = 5  # frames in a window; with 1, Mall's MAE rises by 0.01
+SEQUENCE_LENGTH = 5  # frames in a window; on Mall, 1 is as good
 EPOCHS = 50  # fewer are no preview: after 5, counts are worse than the mean count
 BATCH_SIZE = 32  # windows in a step, but at most a quarter of the training windows
 LEARNING_RATE = 0.1  # at the start, then it falls to 0; lower it if the loss rises
@@ -202,7 +202,7 @@ def list_frames(folder):
         there = f" (but {left_out})" if others else ""
         raise InputError(f"{folder}: no frames are there{there}; {remedy}")
     if others:
-        print(f"Left out: {left_out}.")
+        print(f"Left out: {left_out} in {folder}.")
     return frames, others
 
 
@@ -233,7 +233,7 @@ def match_labels(labels, names, others):
         if fitting:
             path = folder / others[fitting[0]]
             problem = "a link that leads nowhere" if path.is_symlink() else "of a kind not read"
-            raise InputError(f"{path}: {problem}; replace it, for example by a .jpg")
+            raise InputError(f"{path}: {problem}; convert it to .jpg, or remove its label")
     if missing:
         some = ", ".join(map(str, missing[:3]))
         problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
@@ -590,7 +590,7 @@ def extract_features(backbone, frames, cache=None):
     files = [f"{digest}.npz" for digest in frames.digests]
     n_left = sum(not (folder and (folder / file).exists()) for file in files)
     if 64 < n_left < len(files):
-        print(f"{len(files) - n_left} of them are in {cache}, {n_left} are left.")
+        print(f"{len(files) - n_left} of {len(files)} images are in {cache}, {n_left} are left.")
     bar = keras.utils.Progbar(n_left, unit_name="frame", verbose=int(n_left > 64))
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
     for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
@@ -740,7 +740,8 @@ def print_replaced(outputs):
     now = get_constants()
     changed = [f"{name} = {value!r}" for name, value in earlier if value != now.get(name)]
     if changed:
-        print(f"This run will replace the results of {shorten(', '.join(changed), 150)}.")
+        changed = shorten(", ".join(changed), 150, placeholder=" ...")
+        print(f"{outputs} holds the results of {changed}: this run will replace them.")
 
 
 def save_results(outputs, model, history, table, run):
@@ -769,6 +770,8 @@ def save_results(outputs, model, history, table, run):
         print(describe_metrics("Always the mean count", baseline))
         few = ", which are so few that they tell little" if len(validation) < 20 else ""
         print(f"These metrics come from {len(validation)} frames{few}.")
+        if metrics["mae"] >= baseline["mae"]:
+            print("That is no better than always predicting the mean count: label more frames.")
     else:
         print("No label was left to validate: nothing is known of the error on other frames.")
     return metrics, baseline
@@ -842,12 +845,12 @@ def plot_examples(validation, folder):
 
 
 def plot_counts(table, labels=None):
-    """The counts of new frames. labels: true counts, by the names of frames, of some of them."""
+    """The counts of all frames. labels: true counts and split of some of them, by name."""
     figure, axis = plt.subplots(figsize=(11, 4))
     axis.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3, label="counted")
-    if labels is not None:
-        true = labels.reindex(table.index).to_numpy()
-        axis.plot(true, "o", color="tab:orange", markersize=4, label="labelled")
+    for split, group in labels.groupby("split") if labels is not None else ():
+        true = group["true"].reindex(table.index).to_numpy()
+        axis.plot(true, "o", markersize=4, label=f"label ({split})")
     axis.set_ylim(bottom=0)
     doubtful = table["unfamiliar"].fillna(True).to_numpy(float)[np.newaxis]
     if doubtful.any():
@@ -855,7 +858,7 @@ def plot_counts(table, labels=None):
         axis.imshow(doubtful, "Greys", vmin=0, vmax=4, aspect="auto", extent=area)
         axis.fill_between([], [], color="0.75", label="unlike the training frames, or unreadable")
     name_frames(axis, table.index)
-    axis.set(title="People in each new frame", xlabel="Frame", ylabel="People")
+    axis.set(title="People in each frame", xlabel="Frame", ylabel="People")
     axis.legend()
     return figure
 
@@ -984,14 +987,15 @@ def count_folder():
     labels = None
     if resolve_path(COUNT).resolve() == resolve_path(FRAMES).resolve():
         with suppress(OSError, ValueError, LookupError):  # the figure can go without them
-            labels = pd.read_csv(outputs / "predictions.csv", index_col="frame")["true"]
+            labels = pd.read_csv(outputs / "predictions.csv", index_col="frame")[["true", "split"]]
     save_figures(outputs, {"counts": partial(plot_counts, table, labels)})
     is_familiar = ~table["unfamiliar"].fillna(True).astype(bool)
-    if is_familiar.any():
-        print(f"{table['count'][is_familiar].mean():.1f} people on average.")
     n_unfamiliar = int(table["unfamiliar"].sum())
-    doubt = ": doubt their counts. The average leaves them out." if n_unfamiliar else "."
+    doubt = ": doubt their counts." if n_unfamiliar else "."
     print(f"{n_unfamiliar} of {len(table)} frames look unlike the training frames{doubt}")
+    if is_familiar.any():
+        average = table["count"][is_familiar].mean()
+        print(f"{average:.1f} people on average in the {is_familiar.sum()} others.")
     print(f"Done in {time.time() - started:.0f} s. Open {outputs / 'counts.png'} and counts.csv.")
     show_figures()
 

@@ -146,6 +146,7 @@ def constants(video, monkeypatch, request):
 
     monkeypatch.setattr(ts, "ROOT", video)
     monkeypatch.setattr(sys, "argv", ["tscrowdnet_train.py"])
+    monkeypatch.setattr(ts.signal, "signal", lambda *_: None)  # Ctrl-C stays pytest's
     shrink(monkeypatch.setattr)
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(ts, "save_figures", lambda *_: None)

@@ -112,7 +112,7 @@ def test_how_many_frames_are_left_is_said(finished, run, capsys):
         Image.fromarray(pixels).save(folder / f"seq_{100 + number:06d}.png")
     run(COUNT="frames/frames")
     said = capsys.readouterr().out
-    assert "20 of them are in" in said and "70 are left" in said and "70/70" in said
+    assert "20 of 90 images are in" in said and "70 are left" in said and "70/70" in said
 
 
 def test_a_cache_leaves_the_other_files_of_its_folder_alone(finished, monkeypatch, loaded):

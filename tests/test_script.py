@@ -187,7 +187,7 @@ def test_results_of_another_experiment_are_named_before_they_are_replaced(finish
     run()
     assert "replace" not in capsys.readouterr().out
     run(SEED=1, EPOCHS=1)
-    assert "will replace the results of EPOCHS = 2, SEED = 0." in capsys.readouterr().out
+    assert "holds the results of EPOCHS = 2, SEED = 0: this run" in capsys.readouterr().out
     (finished / "outputs" / "metrics.json").write_text("[]")
     run(EPOCHS=1)
     assert "replace" not in capsys.readouterr().out
@@ -266,14 +266,15 @@ def test_examples_are_the_largest_errors_then_typical_ones(video, n, shown):
 def test_counts_are_shown_with_labels_and_what_is_unfamiliar():
     unfamiliar = pd.array([False, True, pd.NA, False], "boolean")
     names = pd.Index(["a.jpg", "b.jpg", "c.jpg", "d.jpg"], name="frame")
+    labels = pd.DataFrame({"true": [7], "split": ["train"]}, index=["d.jpg"])
     table = pd.DataFrame({"count": [3.0, 4, np.nan, 5], "unfamiliar": unfamiliar}, index=names)
-    (axis,) = ts.plot_counts(table, pd.Series({"d.jpg": 7})).axes
+    (axis,) = ts.plot_counts(table, labels).axes
     (shade,) = axis.images
     assert shade.get_array().tolist() == [[0, 1, 1, 0]] and shade.get_extent()[:2] == [-0.5, 3.5]
     assert axis.get_ylim()[0] == 0 and tick_labels(axis)[1] == "b.jpg"
     np.testing.assert_array_equal(axis.lines[1].get_ydata(), [np.nan, np.nan, np.nan, 7])
-    labels = [text.get_text() for text in axis.get_legend().get_texts()]
-    assert len(labels) == 3 and any("unlike" in label for label in labels)
+    texts = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert texts[:2] == ["counted", "label (train)"] and "unlike" in texts[2]
     assert not ts.plot_counts(table[:1]).axes[0].images
     plt.close("all")
 
@@ -316,9 +317,11 @@ def test_figures_are_shown_where_there_is_a_screen_when_they_are_saved(tmp_path,
 
 
 def recipe_commands():
-    """The README's four commands; a command may go over several lines."""
-    block = README.read_text().split("<!-- recipe -->")[1].split("```")[1].removeprefix("sh\n")
-    return re.split(r"\n(?=python )", block.strip())
+    """The README's commands, but for the first, which empties folders; some go over several
+    lines."""
+    blocks = [README.read_text().split(mark)[1].split("```")[1] for mark in ("<!--recipe-->", "<!--then-->")]
+    commands = [block.removeprefix("sh\n").strip() for block in blocks]
+    return [command for block in commands for command in re.split(r"\n(?=python |ffmpeg )", block)][1:]
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
@@ -344,7 +347,10 @@ def test_the_readme_leads_from_frames_to_counts(tmp_path, constants, monkeypatch
     counts = pd.read_csv(video / "labels.csv")["count"].tolist()
     ffmpeg, sheet, train, count_all = recipe_commands()
     assert "fps=1/18" in ffmpeg and train.split() == ["python", "tscrowdnet_train.py"]
-    subprocess.run(sheet.replace("python", sys.executable, 1), shell=True, check=True, cwd=video)
+    sheet = sheet.replace("python", sys.executable, 1)
+    assert subprocess.run(sheet, shell=True, cwd=video, capture_output=True).returncode, "labels stay"
+    (video / "labels.csv").unlink()
+    subprocess.run(sheet, shell=True, check=True, cwd=video)
     rows = pd.read_csv(video / "labels.csv")
     assert rows["id"].tolist() == [f"seq_{number:06d}.jpg" for number in range(1, 101, 10)]
     assert rows["count"].isna().all()

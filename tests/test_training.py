@@ -139,7 +139,7 @@ def test_a_video_without_people_is_counted_as_empty(video, run):
 
 def test_the_published_recipe_gives_the_published_network(run, monkeypatch):
     """The README's constants; here with small frames and one epoch."""
-    block = README.read_text().split("<!-- published -->")[1].split("```")[1].removeprefix("python\n")
+    block = README.read_text().split("<!--published-->")[1].split("```")[1].removeprefix("python\n")
     recipe = {}
     exec(block, {}, recipe)
     assert recipe.pop("FRAME_SIZE") == (224, 224) and recipe["COMPONENTS"] == 0
