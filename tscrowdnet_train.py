@@ -1224,8 +1224,8 @@ def main():
         "predictions": partial(plot_predictions, validated, weights_name, metrics),
         "examples": partial(plot_examples, validated, resolve_path(FRAMES)),
     })
-    print(f"Done in {time.time() - started:.0f} s. Open {outputs}:",
-          "predictions.png and examples.png show how well it counts.")
+    shown = "predictions.png and examples.png" if metrics else "loss.png"
+    print(f"Done in {time.time() - started:.0f} s. Open {shown} in {outputs}.")
     show_figures()
 
 

@@ -41,7 +41,7 @@ def test_a_user_runs_the_script(tmp_path):
     assert said.startswith("Loading TensorFlow ...\n")
     assert "20 frames, 20 labels: the first 16 train, the last 4 validate." in said
     assert "ResNet50 (random; " in said and "20 frames and 4 jittered copies" in said
-    assert f"Open {outputs}" in said and "predictions.png" in said
+    assert f"Open predictions.png and examples.png in {outputs}" in said
 
     metrics, table = results(outputs)
     labels = pd.read_csv(folder / "labels.csv")
