@@ -994,8 +994,8 @@ def count_folder():
     doubt = ": doubt their counts." if n_unfamiliar else "."
     print(f"{n_unfamiliar} of {len(table)} frames look unlike the training frames{doubt}")
     if is_familiar.any():
-        average = table["count"][is_familiar].mean()
-        print(f"{average:.1f} people on average in the {is_familiar.sum()} others.")
+        where = f"in the {is_familiar.sum()} others" if n_unfamiliar else "in these frames"
+        print(f"{table['count'][is_familiar].mean():.1f} people on average {where}.")
     print(f"Done in {time.time() - started:.0f} s. Open {outputs / 'counts.png'} and counts.csv.")
     show_figures()
 

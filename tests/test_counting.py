@@ -30,7 +30,7 @@ def test_counting_the_training_footage_gives_its_predictions(finished, constants
     np.testing.assert_allclose(written["count"], counts["count"], atol=1e-3)
     assert {"counts.png", "counts.pdf"} <= {path.name for path in (finished / "outputs").iterdir()}
     said = capsys.readouterr().out
-    assert f"{counts['count'].mean():.1f} people on average in the 20 others" in said
+    assert f"{counts['count'].mean():.1f} people on average in these frames" in said
     assert "counts.png" in said
     assert not written["unfamiliar"].any() and "0 of 20 frames look unlike" in said
 
