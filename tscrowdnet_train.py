@@ -290,12 +290,16 @@ def open_image(source):
     return image
 
 
-def read_image(source):
-    """An image, upright, RGB. source: see open_image."""
-    image = open_image(source)
+def decode(image):
+    """An opened image, upright, RGB."""
     if image.mode[0] in "IF":
         raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
     return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def read_image(source):
+    """An image, upright, RGB. source: see open_image."""
+    return decode(open_image(source))
 
 
 def check_frames(sources, cache=None):
@@ -316,7 +320,7 @@ def check_frames(sources, cache=None):
                 width, height = height, width
             pages = image.n_frames if image.format == "TIFF" else 1
             if digest not in cached:
-                read_image(source)
+                decode(image)
         except Exception as error:  # Pillow raises many types
             name = "array" if is_array else source.name
             problem = "not an image" if isinstance(error, UnidentifiedImageError) else error
@@ -561,6 +565,17 @@ def build_backbone(calibration_frames, precision):
     backbone = keras.Model(frame, features, name="backbone")
     backbone.trainable = False
     return backbone, weights_name
+
+
+def prepare_cache():
+    """The folder CACHE, ready to be written to, or None if features are not kept. Raises
+    InputError."""
+    if not CACHE_FEATURES:
+        return None
+    cache = prepare_folder(resolve_path(CACHE), "CACHE")
+    size = sum(path.stat().st_size for path in cache.glob("*/[!.]*.npz"))
+    print(f"Features are kept in {cache} ({size / 1e6:,.0f} MB so far).")
+    return cache
 
 
 def open_cache(backbone, cache):
@@ -980,7 +995,7 @@ def count_folder():
     started, outputs = time.time(), resolve_path(OUTPUTS)
     load_stages(outputs / MODEL)  # before any folder is made
     prepare_folder(outputs, "OUTPUTS")
-    cache = prepare_folder(resolve_path(CACHE), "CACHE") if CACHE_FEATURES else None
+    cache = prepare_cache()
     table = count_people(outputs / MODEL, resolve_path(COUNT), cache)
     save_counts = partial(table.to_csv, float_format="%.3f", errors="surrogateescape")
     write_files(outputs, {"counts.csv": save_counts})
@@ -1173,7 +1188,7 @@ def main():
     n_train = int((table["split"] == "train").sum())
     outputs = prepare_folder(resolve_path(OUTPUTS), "OUTPUTS")
     print_replaced(outputs)
-    cache = prepare_folder(resolve_path(CACHE), "CACHE") if CACHE_FEATURES else None
+    cache = prepare_cache()
     paths = [resolve_path(FRAMES) / name for name in names]
     digests = check_data(paths, table, cache)  # (P,)
     check_split(table, [digests[row] for row in windows[:, -1]])
@@ -1185,7 +1200,7 @@ def main():
     device, precision = choose_precision()
     calibration_frames = frames[training_rows[:2]]  # for random weights; more would fill the memory
     backbone, weights_name = build_backbone(calibration_frames, precision)
-    print(f"ResNet50 ({weights_name}; {precision}; {device}) reads {len(frames)} images:",
+    print(f"ResNet50 ({weights_name}; {precision}; {device}): {len(frames)} images,",
           f"{len(names)} frames and {len(copied)} jittered copies.")
     features = np.concatenate(list(extract_features(backbone, frames, cache)))  # (P + C, F)
     reduction = build_reduction(features[training_rows], features[len(names) :])

@@ -40,6 +40,7 @@ def test_a_user_runs_the_script(tmp_path):
     said = done.stdout
     assert said.startswith("Loading TensorFlow ...\n")
     assert "20 frames, 20 labels: the first 16 train, the last 4 validate." in said
+    assert f"Features are kept in {folder / 'feature_cache'} (0 MB so far)" in said
     assert "ResNet50 (random; " in said and "20 frames and 4 jittered copies" in said
     assert f"Open predictions.png and examples.png in {outputs}" in said
 
