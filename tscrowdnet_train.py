@@ -4,7 +4,7 @@ enough.
 
     pip install -r requirements.txt && python tscrowdnet_train.py
 
-Reads    labels.csv                        id,count: the people in all frames, or in some
+Reads    labels.csv                        id,count: the number of people in each labelled frame
          frames/frames/seq_000001.jpg ...  the frames of one fixed camera, a folder for each clip
 Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in, counts out
          outputs/metrics.json, predictions.csv, history.csv, and figures as .png and .pdf
@@ -12,15 +12,17 @@ Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in
          feature_cache/                    what ResNet50 computed from each frame
 
 Each of the N labels has a window: the T = SEQUENCE_LENGTH frames that end at the labelled one.
-The windows show P frames; C of those that train also have a jittered copy. H x W is FRAME_SIZE.
+All windows together contain P frames, of H x W = FRAME_SIZE pixels. C of the labelled training
+frames also have a jittered copy, in other light and from a slightly moved camera.
 
     windows of frames (N, T, H, W, 3) uint8
     1. spatial     TimeDistributed(ResNet50 -> F features -> PCA)  -> feature vectors (N, T, K)
-    2. temporal    the same Dense for each vector, then an LSTM    -> memory (N, LSTM_UNITS)
+    2. temporal    the same Dense for each vector, then an LSTM    -> last state (N, LSTM_UNITS)
     3. regression  Dense(gelu), Dense(1)                           -> people in last frames (N, 1)
 
 Stage 1 is frozen, so it reads each of the P + C frames once. A Sequence then feeds windows of
-feature vectors to stages 2 and 3, which train.
+feature vectors to stages 2 and 3, which train. To read the code, begin with main(): it calls the
+functions in the order of this file. A first reading can skip checks, the cache and figures.
 """
 
 import glob
@@ -36,15 +38,15 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from functools import lru_cache, partial
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # else TensorFlow warns of GPUs you do not have
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # hides warnings about missing GPUs
 if __name__ == "__main__":
     print("Loading TensorFlow ...", flush=True)
-    if os.environ.get("MPLBACKEND", "").startswith("module:"):  # a notebook's, unknown to a script
+    if os.environ.get("MPLBACKEND", "").startswith("module:"):  # a notebook's, no use here
         os.environ["MPLBACKEND"] = "agg"
 
 import keras
@@ -66,13 +68,13 @@ LABELS = "labels.csv"  # a CSV with columns id,count, or the Mall dataset's own 
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, ..., or of a folder for each clip
 OUTPUTS = "outputs"  # take another folder for each experiment that you want to keep
 COUNT = None  # a folder of new frames: count them with the model in OUTPUTS instead of training
-TRAIN_FRACTION = 0.8  # the first labels, in frame order, train; 1: all train, none validates
+TRAIN_FRACTION = 0.8  # the first labels, in frame order, train; 1: no validation
 FRAME_SIZE = (300, 400)  # (height, width) that ResNet50 sees; larger if people are small
-WEIGHTS = "imagenet"  # without a network: the path of a weight file; None: random, count worse
+WEIGHTS = "imagenet"  # offline: the path of a weight file; None: random weights, larger errors
 
 # -- Training
 SEQUENCE_LENGTH = 5  # frames in a window; on Mall, 1 is as good
-EPOCHS = 50  # fewer are no preview: after 5, counts are worse than the mean count
+EPOCHS = 50  # after 5, counts are still worse than the mean count: judge no shorter run
 BATCH_SIZE = 32  # windows in a step, but at most a quarter of the training windows
 LEARNING_RATE = 0.1  # at the start, then it falls to 0; lower it if the loss rises
 OPTIMIZER = {"class_name": "SGD", "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
@@ -86,7 +88,7 @@ CACHE = "feature_cache"  # one for all experiments: 60 KB for each frame, may be
 CACHE_FEATURES = True  # False recomputes features at every step: far slower, same result
 
 # -- Network. Results hardly depend on these: see tests/tools/BENCHMARKS.md.
-# Layers of ResNet50 to read, each averaged over a grid of (rows, columns).
+# Layers of ResNet50 to read, each averaged in a grid of (height, width) cells.
 FEATURE_LAYERS = {"conv2_block3_out": (3, 2), "conv3_block4_out": (3, 2),
                   "conv4_block6_out": (1, 1), "conv5_block3_out": (1, 1)}
 # These are read if the weights are random, because deeper layers would only add noise then.
@@ -97,12 +99,12 @@ COMPONENTS = 512  # greatest size of a feature vector after PCA; 0: no PCA
 PROJECTION = 32  # a Dense layer shortens each feature vector to this size; 0: none does
 LSTM_UNITS = 64
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training
-FORGET_BIAS = -2.0  # higher gives earlier frames more weight at the start; Keras has 1
+FORGET_BIAS = -2.0  # higher gives earlier frames more weight at the start; Keras's default is 1
 DENSE_UNITS = 64
-AUGMENT = 0.25  # share of labelled frames that also train in other light, the camera nudged
-RANDOM_NEIGHBOURS = 0.5  # share of training windows that show earlier frames at random
-NEIGHBOUR_RANGE = 30  # out of so many earlier ones, of those that the windows show
-UNFAMILIAR = 2.0  # mark frames so many times as far from the mean as the median training frame
+AUGMENT = 0.25  # share of the labelled training frames that also get a jittered copy
+RANDOM_NEIGHBOURS = 0.5  # share of training windows whose earlier frames are drawn at random
+NEIGHBOUR_RANGE = 30  # from this many earlier frames, counting only those that windows contain
+UNFAMILIAR = 2.0  # raise it if counting marks too many frames as unfamiliar; see build_reduction
 
 # -- Internal: nothing to edit below this line.
 MODEL = "ts_crowdnet.keras"
@@ -116,6 +118,17 @@ class InputError(ValueError):
     """A mistake that the user can correct; the message says how."""
 
 
+@contextmanager
+def explain(problem):
+    """Turns any exception within into an InputError that begins with problem."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{problem} ({getattr(error, 'strerror', None) or error})") from error
+
+
 def resolve_path(path):
     """A path from the constants: relative to the folder of this script unless absolute."""
     return ROOT / Path(path).expanduser()
@@ -125,19 +138,16 @@ def resolve_path(path):
 def read_labels(path):
     """Reads a CSV with columns id and count, or Mall's mall_gt.mat. Returns a DataFrame with these
     columns: each id an int, or each a str; count a float, NaN where nobody has counted. Its index
-    is the row in the file. Raises InputError."""
-    try:
-        data = io.BytesIO(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); correct LABELS") from error
-    try:
+    is the line in the file. Raises InputError."""
+    remedy = "correct LABELS, or make it a CSV whose first line is id,count, or Mall's mall_gt.mat"
+    with explain(f"{path}: cannot be read; {remedy}"):
         if path.suffix.lower() == ".mat":
-            counts = scipy.io.loadmat(data, variable_names=["count"])["count"].ravel()
+            counts = scipy.io.loadmat(path, variable_names=["count"])["count"].ravel()
             table = pd.DataFrame({"id": range(1, len(counts) + 1), "count": counts}, dtype=str)
         else:
             # sep=None finds out whether commas, semicolons or tabs separate the columns. The
-            # first line is read as a row, so that pandas refuses rows that are longer than it.
-            table = pd.read_csv(data, sep=None, engine="python", header=None, dtype=str,
+            # first line is read as data, so that pandas refuses lines that are longer than it.
+            table = pd.read_csv(path, sep=None, engine="python", header=None, dtype=str,
                                 skipinitialspace=True, skip_blank_lines=False,
                                 encoding="utf-8-sig", encoding_errors="replace")
             names = table.iloc[0].str.strip().str.lower()
@@ -146,22 +156,19 @@ def read_labels(path):
             table = table.set_axis(names, axis="columns")[1:]
         table.index += 1
         table = table[["id", "count"]].dropna(how="all")
-    except Exception as error:  # pandas and SciPy raise many types
-        remedy = "make it a CSV whose first line is id,count, or Mall's mall_gt.mat"
-        raise InputError(f"{path}: {shorten(str(error), 150)}; {remedy}") from error
 
     def refuse(is_wrong, column, problem):
         if is_wrong.any():
-            row = is_wrong.idxmax()
-            value = str(table[column].fillna("")[row])[:40]
-            raise InputError(f"{path}, row {row}: {column} {value!r} {problem}; correct it")
+            line = is_wrong.idxmax()
+            value = str(table[column].fillna("")[line])[:40]
+            raise InputError(f"{path}, row {line}: {column} {value!r} {problem}; correct it")
 
     ids = table["id"].fillna("").str.strip()
     refuse(ids == "", "id", "is empty")
     whole = ids.str.replace(r"\.0*$", "", regex=True)  # spreadsheets write 12.0
     is_number = whole.str.fullmatch(r"\d{1,19}")
     is_odd = is_number if is_number.mean() < 0.5 else ~is_number
-    refuse(is_odd, "id", "is unlike the others: ids are all whole numbers or all names of frames")
+    refuse(is_odd, "id", "is unlike the others: make all ids numbers, or all names of frames")
     if is_number.all():
         ids = whole.map(int)
     refuse(ids.duplicated(), "id", "appears twice")
@@ -172,30 +179,25 @@ def read_labels(path):
 
 
 def natural_key(name):
-    """Sorts names as file managers do: folder by folder, and frame_2 before frame_10."""
-
-    def split(text):
-        parts = re.split(r"(\d+)", text.lower())
-        return [int(part) if part.isdecimal() else part for part in parts], text
-
-    folder, file = os.path.split(name)
-    return split(folder), split(file)
+    """Sorts paths as file managers do: folder by folder, and frame_2 before frame_10."""
+    keys = []
+    for text in os.path.split(name):
+        keys += [re.sub(r"\d+", lambda digits: digits[0].zfill(30), text.lower()), text]
+    return keys
 
 
 def list_frames(folder):
     """What is in a folder and the folders below it: (names of frames, names of other files), each
     a path from that folder, with "/", in natural order. Raises InputError if no frame is there."""
     remedy = f"to take frames from a video: {FFMPEG}"
-    if folder.is_file():
-        raise InputError(f"{folder}: a file, where a folder of frames should be; {remedy}")
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder; {remedy}")
+        is_file = "a file, where a folder of frames should be"
+        raise InputError(f"{folder}: {is_file if folder.exists() else 'no such folder'}; {remedy}")
     names = glob.glob("**", root_dir=folder, recursive=True)  # leaves hidden files out
     names = [Path(name).as_posix() for name in names if not (folder / name).is_dir()]
     names.sort(key=natural_key)
-    frames = [name for name in names
-              if name.lower().endswith(FRAME_ENDINGS) and (folder / name).is_file()]
-    others = sorted(set(names) - set(frames), key=natural_key)
+    frames = [name for name in names if name.lower().endswith(FRAME_ENDINGS)]
+    others = [name for name in names if not name.lower().endswith(FRAME_ENDINGS)]
     kinds = Counter(PurePosixPath(name).suffix or name for name in others)
     left_out = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(9))
     if not frames:
@@ -207,69 +209,67 @@ def list_frames(folder):
 
 
 def find_names(ids, names):
-    """The rows of names that each id fits, as a list of lists. A number fits the last number in a
-    file's name; a text fits a path, or a file's name, each with or without its ending."""
-    rows_of = {}
-    for row, name in enumerate(names):
+    """The places in names that each id fits, as a list of lists. A number fits the last number in
+    a file's name; a text fits a path, or a file's name, each with or without its ending."""
+    places = {}
+    for place, name in enumerate(names):
         path = PurePosixPath(name)
         last_number = [int(digits) for digits in re.findall(r"\d+", path.stem)[-1:]]
-        for key in {name, str(path.with_suffix("")), path.name, path.stem, *last_number}:
-            rows_of.setdefault(key, []).append(row)
-    row_of = {name: row for row, name in enumerate(names)}
-    return [[row_of[key]] if key in row_of else rows_of.get(key, []) for key in ids]
+        for key in {str(path.with_suffix("")), path.name, path.stem, *last_number}:
+            places.setdefault(key, []).append(place)
+    places |= {name: [place] for place, name in enumerate(names)}  # a whole path fits one alone
+    return [places.get(key, []) for key in ids]
 
 
 def match_labels(labels, names, others):
-    """The row of each label's frame in the names of all frames (N,). others: names of other files.
-    Raises InputError unless each label fits exactly one frame."""
+    """The place of each label's frame in the names of all frames (N,). others: names of other
+    files. Raises InputError unless each label fits exactly one frame."""
     folder, file = resolve_path(FRAMES), resolve_path(LABELS)
-    rows = find_names(labels["id"], names)
-    for line, label_id, fitting in zip(labels.index, labels["id"], rows):
+    places = find_names(labels["id"], names)
+    for line, label_id, fitting in zip(labels.index, labels["id"], places):
         if len(fitting) > 1:
             problem = f"fits {names[fitting[0]]} and {names[fitting[1]]}"
-            raise InputError(f"{file}, row {line}: id {label_id!r} {problem}; write the path")
-    missing = [label_id for label_id, fitting in zip(labels["id"], rows) if not fitting]
-    for label_id, fitting in zip(missing, find_names(missing, others)):
-        if fitting:
-            path = folder / others[fitting[0]]
-            problem = "a link that leads nowhere" if path.is_symlink() else "of a kind not read"
-            raise InputError(f"{path}: {problem}; convert it to .jpg, or remove its label")
+            raise InputError(f"{file}, row {line}: id {label_id!r} {problem}; make paths the ids")
+    missing = [label_id for label_id, fitting in zip(labels["id"], places) if not fitting]
     if missing:
         some = ", ".join(map(str, missing[:3]))
         problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
         there = f"the folder has {names[0]} ... {names[-1]}"
+        for place, *_ in filter(None, find_names(missing, others)):
+            there = f"{others[place]} is of a kind not read: convert it to .jpg"
         remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
         raise InputError(f"{folder}: {problem}; {there}; {remedy}")
-    rows = pd.Series([fitting[0] for fitting in rows], labels.index, dtype=int)
-    if rows.duplicated().any():
-        line = rows.duplicated().idxmax()
-        raise InputError(f"{file}, row {line}: {names[rows[line]]} has another label; remove one")
-    return rows
+    places = pd.Series([fitting[0] for fitting in places], labels.index, dtype=int)
+    if places.duplicated().any():
+        line = places.duplicated().idxmax()
+        raise InputError(f"{file}, row {line}: {names[places[line]]} has another label; remove one")
+    return places
 
 
 def find_clip_starts(names):
-    """The row at which the clip of each frame begins (P,). Consecutive frames of one folder form a
-    clip, and so do frames without names."""
+    """For each frame, the first row of its clip (P,). Consecutive frames of one folder form a clip;
+    so do all frames that come as arrays, whose names are numbers."""
     folders = pd.Series([os.path.dirname(str(name)) for name in names])
     is_start = folders != folders.shift()
     return np.maximum.accumulate(np.where(is_start, np.arange(len(names)), 0))
 
 
 def make_windows(ends, clip_starts, sequence_length):
-    """Windows, as rows of frames (n, sequence_length), that end at the rows ends (n,). If a window
-    would begin before its clip (n,), the clip's first frame repeats: ends 1 and 2 of one clip give
-    [[0, 0, 1], [0, 1, 2]]."""
-    return np.maximum(ends[:, None] - np.arange(sequence_length)[::-1], clip_starts[:, None])
+    """Windows (n, sequence_length) that end at the rows ends (n,): for each, the rows of its
+    frames. If a window would begin before its clip, the clip's first frame repeats: ends 1 and 2
+    of one clip give [[0, 0, 1], [0, 1, 2]]. clip_starts: see find_clip_starts."""
+    rows = ends[:, None] - np.arange(sequence_length)[::-1]
+    return np.maximum(rows, clip_starts[ends][:, None])
 
 
 def draw_windows(windows, clip_starts, copy_of, rng):
-    """What one epoch shows of the training windows (n, T), rows of frames.
+    """The windows (n, T) of one epoch, drawn from the training windows (n, T): rows of frames.
 
-    A share RANDOM_NEIGHBOURS of them shows random earlier frames, in their order, instead of the
-    last ones. A network that has seen these is not misled by gaps or other frame rates. In half of
-    all windows, every frame that has a jittered copy is replaced by it, see Frames."""
+    A share RANDOM_NEIGHBOURS of them gets other earlier frames, drawn at random, in their order. A
+    network that has seen these is not misled by gaps or other frame rates. In half of all windows,
+    each frame that has a jittered copy is replaced by it. Often this is the last frame alone."""
     ends = windows[:, -1:]
-    lowest = np.maximum(ends - NEIGHBOUR_RANGE, clip_starts[:, None])
+    lowest = np.maximum(ends - NEIGHBOUR_RANGE, clip_starts[ends])
     earlier = rng.integers(lowest, ends + 1, (len(windows), windows.shape[1] - 1))
     drawn = np.concatenate([np.sort(earlier), ends], axis=1)
     windows = np.where(rng.random((len(windows), 1)) < RANDOM_NEIGHBOURS, drawn, windows)
@@ -291,53 +291,10 @@ def open_image(source):
 
 
 def decode(image):
-    """An opened image, upright, RGB."""
+    """The same image, upright, RGB."""
     if image.mode[0] in "IF":
         raise ValueError(f"{image.mode} pixels; convert it to 8 bits")
     return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def read_image(source):
-    """An image, upright, RGB. source: see open_image."""
-    return decode(open_image(source))
-
-
-def check_frames(sources, cache=None):
-    """Finds the frames that cannot be read. It decodes each, unless the folder cache has features
-    of it. Returns a DataFrame: digest, the MD5 of its content; width; height; pages, those of its
-    file; and problem: why it cannot be read, or None."""
-    cached = {path.stem for path in cache.glob("*/*.npz")} if cache else set()
-
-    def check(source):
-        is_array = isinstance(source, np.ndarray)
-        try:
-            content = source.tobytes() if is_array else source.read_bytes()
-            shape = f"{source.shape} {source.dtype}".encode() if is_array else b""
-            digest = hashlib.md5(shape + content).hexdigest()
-            image = open_image(source)
-            width, height = image.size
-            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF: turn it by 90 degrees
-                width, height = height, width
-            pages = image.n_frames if image.format == "TIFF" else 1
-            if digest not in cached:
-                decode(image)
-        except Exception as error:  # Pillow raises many types
-            name = "array" if is_array else source.name
-            problem = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            return None, 0, 0, 0, f"{name}: {problem}"
-        return digest, width, height, pages, None
-
-    with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(check, sources))
-    columns = ["digest", "width", "height", "pages", "problem"]
-    return pd.DataFrame(rows, columns=columns, dtype=object)
-
-
-def describe_problems(checked):
-    """A line about the frames that cannot be read."""
-    problems = checked["problem"].dropna()
-    named = shorten("; ".join(problems), 200, placeholder=" ...")
-    return f"{len(problems)} of {len(checked)} frames cannot be read: {named}"
 
 
 def jitter(image, rng):
@@ -354,9 +311,9 @@ def jitter(image, rng):
 
 
 def choose_copied(digests, rows):
-    """Which of these rows (n,), of labelled training frames in order, get a jittered copy: a share
-    AUGMENT of them, one from each of as many consecutive groups. It is the one with the smallest
-    digest, a choice by chance that all experiments share, so that they share features, too."""
+    """The rows of the frames that get a jittered copy, among the rows (n,) of all labelled training
+    frames: from each of AUGMENT * n groups of neighbours, the frame with the smallest digest. That
+    is as good as chance, but equal in all experiments, so that they share cached features."""
     n_copied = round(AUGMENT * len(rows))
     groups = np.array_split(rows, n_copied) if n_copied else []
     return np.array([min(group, key=digests.__getitem__) for group in groups], int)
@@ -380,14 +337,14 @@ class Frames:
         return len(self.sources)
 
     def __getitem__(self, rows):
-        distinct, places = np.unique(rows, return_inverse=True)
+        distinct = np.unique(rows)
         with ThreadPoolExecutor() as pool:
             pixels = np.stack(list(pool.map(self.load, distinct)))
-        return pixels[places.reshape(np.shape(rows))]
+        return pixels[np.searchsorted(distinct, rows)]
 
     def load(self, row):
         """One frame or copy (H, W, 3)."""
-        image = read_image(self.sources[row]).resize(self.size[::-1], Image.BILINEAR)
+        image = decode(open_image(self.sources[row])).resize(self.size[::-1], Image.BILINEAR)
         digest, _, is_copy = self.digests[row].partition("-")
         if is_copy:  # always the same copy of the same frame, whatever the experiment
             image = jitter(image, np.random.default_rng(int(digest, 16)))
@@ -398,8 +355,8 @@ class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames.
 
     frame_data: what windows are made of, feature vectors (P + C, K) or Frames. windows: its rows
-    (n, T). counts: (n,). draw: for training; each epoch takes the windows in a new random order,
-    and shows draw(windows, rng=...) in their place."""
+    (n, T). counts: (n,). draw: for training, where each epoch takes draw(windows, rng=...) in the
+    place of windows, in a new random order."""
 
     def __init__(self, frame_data, windows, counts, batch_size, draw=None):
         super().__init__()
@@ -428,7 +385,7 @@ class WindowSequence(keras.utils.Sequence):
 
 # == Stage 1, spatial: ResNet50, features, PCA ========
 def choose_precision():
-    """What Keras computes on, and the precision that PRECISION means there: ("CPU", "float32").
+    """The device that Keras uses, and the dtype policy for ResNet50: ("CPU", "float32").
     bfloat16 is at least twice as fast, but only on hardware that is made for it."""
     device, has_bfloat16 = "CPU", False
     keras_device = str(ops.zeros(1).device).upper()
@@ -464,15 +421,10 @@ def load_resnet50():
             print("Warning: ImageNet's weights could not be loaded, so random ones are used, which"
                   f" count worse. Without a network, set WEIGHTS to a copy of {IMAGENET_FILE}.",
                   file=sys.stderr)
-            return build(None), "random, for want of ImageNet's", True
+            return build(None), "random: ImageNet's not loaded", True
     path = resolve_path(WEIGHTS)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; correct WEIGHTS")
-    try:
+    with explain(f"{path}: no weight file of Keras's ResNet50 without top; correct WEIGHTS"):
         return build(str(path)), path.name, False
-    except Exception as error:  # Keras raises many types
-        problem = f"not a weight file of Keras's ResNet50 without top ({shorten(str(error), 150)})"
-        raise InputError(f"{path}: {problem}; correct WEIGHTS") from error
 
 
 def normalise(frames):
@@ -488,32 +440,30 @@ def calibrate(resnet, frames):
     """Sets BatchNorm's statistics from frames (n, H, W, 3): random weights need that."""
     for layer in resnet.layers:
         if isinstance(layer, layers.BatchNormalization):
-            layer.momentum = 0.0  # forget the old ones
+            layer.momentum = 0.0  # keeps none of the old statistics
     resnet(normalise(frames), training=True)
 
 
 def fold_batchnorm(resnet, read, precision):
-    """The same network, faster: each convolution, ..._conv, also does the work of the BatchNorm
-    after it, ..._bn, unless it is itself among the layers to read. Jacob et al., "Quantization and
-    training of neural networks for efficient integer-arithmetic-only inference", CVPR 2018."""
-
-    def find_convolution(layer):
-        """The name of the convolution that does this layer's work, or None."""
-        name = layer.name.removesuffix("bn") + "conv"
-        is_norm = isinstance(layer, layers.BatchNormalization)
-        return name if is_norm and name not in read else None
+    """The same network, faster: each BatchNorm, ..._bn, is folded into the convolution before it,
+    ..._conv. Where the output of that convolution is itself read, both stay. Jacob et al.,
+    "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
+    CVPR 2018."""
+    convolutions = {layer.name: layer.name.removesuffix("bn") + "conv" for layer in resnet.layers
+                    if isinstance(layer, layers.BatchNormalization)}
+    folded_into = {norm: name for norm, name in convolutions.items() if name not in read}
 
     def in_precision(layer):
         return type(layer).from_config(layer.get_config() | {"dtype": precision})
 
     def skip_norm(layer, x, **options):
-        return x if find_convolution(layer) else layer(x, **options)
+        return x if layer.name in folded_into else layer(x, **options)
 
     options = {"clone_function": in_precision, "call_function": skip_norm}
     folded = keras.models.clone_model(resnet, **options)
-    for layer in resnet.layers:  # a convolution comes before its BatchNorm
-        if name := find_convolution(layer):
-            convolution = folded.get_layer(name)
+    for layer in resnet.layers:  # each convolution gets its own weights before it is changed
+        if layer.name in folded_into:
+            convolution = folded.get_layer(folded_into[layer.name])
             kernel, bias = convolution.get_weights()
             gamma, beta, mean, variance = layer.get_weights()
             gain = gamma / np.sqrt(variance + layer.epsilon)
@@ -524,12 +474,12 @@ def fold_batchnorm(resnet, read, precision):
 
 
 def summarise(feature_map, grid):
-    """The mean of each channel in each cell of a grid (rows, columns) over a feature map (h, w,
-    channels), then, with FEATURE_SPREAD, its standard deviation. Returns a list of flat tensors."""
+    """The mean of each channel of a feature map (h, w, channels) in each cell of a grid (height,
+    width), then, with FEATURE_SPREAD, its standard deviation. Returns a list of flat tensors."""
     x = ops.cast(feature_map, "float32")
-    cell = [math.ceil(side / parts) for side, parts in zip(x.shape[1:3], grid)]
+    cell = [math.ceil(side / n_cells) for side, n_cells in zip(x.shape[1:3], grid)]
     average = layers.AveragePooling2D(cell, padding="same")
-    mean = average(x)  # (rows, columns, channels), or fewer where these do not divide h, w
+    mean = average(x)  # (height, width, channels), or fewer where these do not divide h, w
     summary = [layers.Flatten()(mean)]
     if FEATURE_SPREAD:
         variance = ops.relu(average(ops.square(x)) - ops.square(mean))
@@ -563,7 +513,7 @@ def build_backbone(calibration_frames, precision):
         problem = f"{features.shape[1]:,} features of a frame fill the memory"
         raise InputError(f"{constant}: {problem}; take coarser grids")
     backbone = keras.Model(frame, features, name="backbone")
-    backbone.trainable = False
+    backbone.trainable = False  # as in a saved model, so that counting finds the same cache
     return backbone, weights_name
 
 
@@ -580,7 +530,7 @@ def prepare_cache():
 
 def open_cache(backbone, cache):
     """The folder within the folder cache for features of this very network. Raises InputError."""
-    pixels_version = 1  # raise it when read_image(), Frames.load() or jitter() changes
+    pixels_version = 1  # raise it when decode(), Frames.load() or jitter() changes
     versions = (pixels_version, keras.__version__, keras.backend.backend(), Image.__version__)
     layout = re.sub(r'_\d+"', '"', backbone.to_json())  # Keras numbers the same layers differently
     key = hashlib.md5(f"{versions} {layout}".encode())
@@ -603,10 +553,11 @@ def extract_features(backbone, frames, cache=None):
     that ResNet50 computes are kept there. Raises InputError for a file that cannot be written."""
     folder = open_cache(backbone, cache) if cache else None
     files = [f"{digest}.npz" for digest in frames.digests]
-    n_left = sum(not (folder and (folder / file).exists()) for file in files)
-    if 64 < n_left < len(files):
-        print(f"{len(files) - n_left} of {len(files)} images are in {cache}, {n_left} are left.")
-    bar = keras.utils.Progbar(n_left, unit_name="frame", verbose=int(n_left > 64))
+    left = set(files) - ({path.name for path in folder.iterdir()} if folder else set())
+    if 64 < len(left) < len(files):
+        n_known = sum(file not in left for file in files)
+        print(f"{n_known} of {len(files)} images are in {cache}, {len(left)} are left.")
+    bar = keras.utils.Progbar(len(left), unit_name="frame", verbose=int(len(left) > 64))
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
     for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
         features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
@@ -617,10 +568,12 @@ def extract_features(backbone, frames, cache=None):
         missing = np.flatnonzero(np.isnan(features).any(axis=1))
         if len(missing):
             features[missing] = run_backbone(backbone, frames, rows[missing])
-            bar.add(len(missing))
-        if len(missing) and folder:
-            write_files(folder, {files[rows[place]]: partial(np.savez, features=features[place])
-                                 for place in missing})
+            computed = {files[rows[place]]: features[place] for place in missing}
+            if folder:
+                write_files(folder, {file: partial(np.savez, features=vector)
+                                     for file, vector in computed.items()})
+            bar.add(len(left & computed.keys()))
+            left -= computed.keys()
         yield features
 
 
@@ -629,21 +582,20 @@ def build_reduction(frame_features, copy_features):
     training frames (M, F) and of their jittered copies (C, F).
 
     Returns a model of two layers. "standardised" centres the features and divides each by its
-    standard deviation, all on one scale: the median training frame has length 1. So one
-    LEARNING_RATE suits all videos, and a frame whose length is above UNFAMILIAR is unlike those
-    of training. "components" gives the principal components."""
+    standard deviation, then all by one number, so that the median training frame has a Euclidean
+    norm of 1. So one LEARNING_RATE suits all videos, and a norm above UNFAMILIAR tells a frame
+    that is unlike those of training. "components" gives the principal components."""
     features = np.concatenate([frame_features, copy_features])
     scaler = preprocessing.StandardScaler().fit(features)
     deviation = np.sqrt(scaler.var_)
-    floor = 0.1 * float(np.median(deviation))  # a feature that hardly varied may do so one day
-    deviation = np.maximum(deviation, max(floor, 1e-3))
-    scaled = (features - scaler.mean_.astype("float32")) / deviation.astype("float32")
-    lengths = np.linalg.norm(scaled[: len(frame_features)], axis=1)
-    deviation = deviation * max(float(np.median(lengths)), 1.0)
+    floor = 0.1 * float(np.median(deviation))  # a nearly constant feature may vary in new frames
+    scale = np.maximum(deviation, max(floor, 1e-3))
+    scaled = (features - scaler.mean_.astype("float32")) / scale.astype("float32")
+    norms = np.linalg.norm(scaled[: len(frame_features)], axis=1)
+    variance = np.square(scale * max(float(np.median(norms)), 1.0))
 
     reduction = keras.Sequential(name="reduction")
     reduction.add(keras.Input((features.shape[1],), name="features"))
-    variance = np.square(deviation)
     reduction.add(layers.Normalization(mean=scaler.mean_, variance=variance, name="standardised"))
     if COMPONENTS:
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
@@ -664,11 +616,11 @@ def build_spatial(backbone, reduction):
 
 # == Stages 2 and 3: temporal, regression ========
 def build_temporal(vector_size):
-    """Stage 2: feature vectors (T, K = vector_size) -> the LSTM's memory of them (LSTM_UNITS,)."""
+    """Stage 2: feature vectors (T, K = vector_size) -> the LSTM's last state (LSTM_UNITS,)."""
     temporal = keras.Sequential(name="temporal")
     temporal.add(keras.Input((SEQUENCE_LENGTH, vector_size), name="vectors"))
     if PROJECTION:
-        start = keras.initializers.RandomNormal(stddev=0.01)  # Keras's own grows as K shrinks
+        start = keras.initializers.RandomNormal(stddev=0.01)  # Keras's default grows as K shrinks
         temporal.add(layers.Dense(PROJECTION, kernel_initializer=start, name="projection"))
     lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=SEQUENCE_LENGTH <= 16, name="lstm")
     temporal.add(lstm)
@@ -678,13 +630,14 @@ def build_temporal(vector_size):
 
 
 def build_regression(counts):
-    """Stage 3: memory (LSTM_UNITS,) -> people in the last frame (1,). Starts at the mean of the
-    training counts (n,), in units of their standard deviation."""
+    """Stage 3: the LSTM's last state (LSTM_UNITS,) -> people in the last frame (1,). The Dense
+    layers give the distance from the mean training count, in standard deviations of the training
+    counts (n,): an untrained network starts near that mean."""
     unit, mean = max(float(counts.std()), 1.0), float(counts.mean())
     return keras.Sequential([
-        keras.Input((LSTM_UNITS,), name="memory"),
+        keras.Input((LSTM_UNITS,), name="state"),
         layers.Dense(DENSE_UNITS, activation="gelu", name="dense"),  # relu units can die
-        layers.Dense(1, name="deviation"),
+        layers.Dense(1, name="output"),
         layers.Rescaling(unit, mean, name="count"),
     ], name="regression")
 
@@ -711,8 +664,7 @@ def train(model, training, validation=None):
 
 
 def check_trained(predicted, counts):
-    """Raises InputError for a network that counts its own training frames far worse than their
-    mean does."""
+    """Raises InputError if the MSE on training frames is over twice that of their mean count."""
     mse = np.mean((predicted - counts) ** 2)
     if not np.isfinite(mse) or mse > 2 * max(counts.var(), 1.0):
         problem = "the network is far worse than always predicting the mean count"
@@ -721,7 +673,7 @@ def check_trained(predicted, counts):
 
 # == Evaluation: metrics, results, figures ========
 def is_accurate(true, predicted):
-    """Which counts (n,) are within TOLERANCE of the truth. A true 0 needs one that rounds to 0."""
+    """Which counts (n,) are within TOLERANCE of the truth. If that is 0, they must round to 0."""
     is_within = np.abs(predicted - true) <= TOLERANCE * true
     return np.where(true == 0, np.round(predicted) == 0, is_within)
 
@@ -734,15 +686,10 @@ def measure(true, predicted):
     return {"mae": np.abs(error).mean(), "mse": mse, "rmse": mse**0.5, "accuracy": accuracy}
 
 
-def describe_metrics(name, metrics):
-    """The metrics in a line."""
-    line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
-    return line.format(name, TOLERANCE, **metrics)
-
-
 def get_constants():
     """The constants, as JSON can hold them."""
-    constants = {name: globals()[name] for name in globals() if name.isupper() and name != "ROOT"}
+    constants = {name: value for name, value in globals().items()
+                 if name.isupper() and name != "ROOT"}
     return json.loads(json.dumps(constants, default=str))
 
 
@@ -762,7 +709,7 @@ def print_replaced(outputs):
 def save_results(outputs, model, history, table, run):
     """Writes all results but the figures, and prints a summary. table: id, frame, split, true,
     predicted of every label. run: more for metrics.json. Returns (metrics, baseline): baseline is
-    what always the mean training count scores; both are None without validation."""
+    the metrics of always predicting the mean training count; both are None without validation."""
     training, validation = (table[table["split"] == split] for split in ("train", "validation"))
     metrics = baseline = None
     report = run | {"train_frames": len(training), "validation_frames": len(validation)}
@@ -781,8 +728,9 @@ def save_results(outputs, model, history, table, run):
     })
     print()
     if metrics:
-        print(describe_metrics("Validation frames", metrics))
-        print(describe_metrics("Always the mean count", baseline))
+        line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
+        print(line.format("Validation frames", TOLERANCE, **metrics))
+        print(line.format("Always the mean count", TOLERANCE, **baseline))
         few = ", which are so few that they tell little" if len(validation) < 20 else ""
         print(f"These metrics come from {len(validation)} frames{few}.")
         if metrics["mae"] >= baseline["mae"]:
@@ -795,7 +743,8 @@ def save_results(outputs, model, history, table, run):
 def name_frames(axis, names):
     """Writes up to six of the names below an x axis on which frames are at 0, 1, 2, ..."""
     places = np.unique(np.linspace(0, len(names) - 1, 6).round().astype(int))
-    axis.set_xticks(places, [names[place] for place in places])
+    texts = [str(names[place]).encode(errors="replace").decode() for place in places]
+    axis.set_xticks(places, texts, parse_math=False)
     axis.set_xlim(-0.5, len(names) - 0.5)
 
 
@@ -849,7 +798,7 @@ def plot_examples(validation, folder):
         axis.axis("off")
     for axis, row in zip(axes.flat, [*order[:3], *order[middle : middle + 3]]):
         label = validation.iloc[row]
-        axis.imshow(read_image(folder / label["frame"]))
+        axis.imshow(decode(open_image(folder / label["frame"])))
         text = f"{label['id']}: true {label['true']:g}, predicted {label['predicted']:.1f}"
         axis.set_title(f"{text} ({error.iloc[row]:+.1f})", parse_math=False,
                        color="tab:green" if is_accurate(label["true"], label["predicted"])
@@ -904,29 +853,15 @@ def show_figures():
 
 
 # == Counting new footage ========
-@lru_cache(maxsize=1)
-def load_model(path, _):
-    """The model in a file. The second argument, when the file was written, tells files apart."""
-    return keras.saving.load_model(path, compile=False)
-
-
 def load_stages(model):
-    """(backbone, reduction, temporal, regression) of a model or of its file. Raises
-    InputError."""
-    loaded = model
-    try:
+    """(backbone, reduction, temporal, regression) of a model or of its file. Raises InputError."""
+    problem = f"not a model of this script for Keras {keras.__version__}; train a model first"
+    with explain(f"{model}: {problem}"):
         if isinstance(model, (str, Path)):
-            path = Path(model).expanduser()
-            loaded = load_model(path, path.stat().st_mtime_ns)
-        encoder = loaded.get_layer("spatial").layer
+            model = keras.saving.load_model(Path(model).expanduser(), compile=False)
+        encoder = model.get_layer("spatial").layer
         inner = [encoder.get_layer(name) for name in ("backbone", "reduction")]
-        return [*inner, *(loaded.get_layer(name) for name in ("temporal", "regression"))]
-    except FileNotFoundError as error:
-        raise InputError(f"{model}: no such file; train a model first") from error
-    except Exception as error:  # Keras raises many types
-        problem = f"cannot be opened with Keras {keras.__version__} as a model of this script"
-        reason = shorten(str(error), 200)
-        raise InputError(f"{model}: {problem} ({reason}); train a model first") from error
+        return [*inner, *(model.get_layer(name) for name in ("temporal", "regression"))]
 
 
 def list_sources(frames):
@@ -972,10 +907,10 @@ def count_people(model, frames, cache=None):
     size = backbone.input_shape[1:3]
     digests = checked["digest"][readable].tolist()
     readable_frames = Frames([sources[row] for row in readable], digests, size)
-    lengths, vectors = [], []
+    norms, vectors = [], []
     for features in extract_features(backbone, readable_frames, cache):  # (n, F)
         standardised = reduction.get_layer("standardised")(features)
-        lengths.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
+        norms.append(ops.convert_to_numpy(ops.norm(standardised, axis=1)))
         vectors.append(ops.convert_to_numpy(reduction(features)))
     vectors = np.concatenate(vectors)  # (P, K)
     clip_starts = find_clip_starts([names[row] for row in readable])
@@ -985,7 +920,7 @@ def count_people(model, frames, cache=None):
         # Called directly: predict() would compile anew for each new number of windows.
         people.append(ops.convert_to_numpy(regression(temporal(vectors[rows]))))
     counts = np.maximum(np.concatenate(people)[:, 0], 0).astype(float)
-    unfamiliar = pd.array(np.concatenate(lengths) > UNFAMILIAR, "boolean")
+    unfamiliar = pd.array(np.concatenate(norms) > UNFAMILIAR, "boolean")
     table = pd.DataFrame({"count": counts, "unfamiliar": unfamiliar}, index=readable)
     return table.reindex(range(len(sources))).set_axis(pd.Index(names, name="frame"))
 
@@ -993,7 +928,8 @@ def count_people(model, frames, cache=None):
 def count_folder():
     """What the script does with COUNT: writes counts.csv and a figure into OUTPUTS."""
     started, outputs = time.time(), resolve_path(OUTPUTS)
-    load_stages(outputs / MODEL)  # before any folder is made
+    if not (outputs / MODEL).is_file():
+        raise InputError(f"{outputs / MODEL}: no such file; train a model first")
     prepare_folder(outputs, "OUTPUTS")
     cache = prepare_cache()
     table = count_people(outputs / MODEL, resolve_path(COUNT), cache)
@@ -1017,39 +953,72 @@ def count_folder():
 
 # == Checks and files ========
 def check_constants():
-    """Raises InputError for values that would fail late, silently or without a name. Python and
-    Keras name the others at once."""
+    """Raises InputError for wrong values that would otherwise fail late, silently, or by an error
+    that does not name the constant. Python and Keras refuse other wrong values at once."""
 
     def require(is_right, name, remedy):
         if not is_right:
             raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
 
-    require(OUTPUTS != "", "OUTPUTS", "a path, in quotes")
-    require(COUNT != "", "COUNT", "a path, in quotes, or None")
-    require(WEIGHTS != "", "WEIGHTS", "a path, in quotes, or None")
-    require(0 < TRAIN_FRACTION <= 1, "TRAIN_FRACTION", "a share, above 0 and up to 1")
+    for name in ("OUTPUTS", "COUNT", "WEIGHTS"):
+        require(globals()[name] != "", name, "a path, in quotes")
+    for name in ("SEQUENCE_LENGTH", "EPOCHS", "BATCH_SIZE", "FRAME_BATCH"):
+        value = globals()[name]
+        require(isinstance(value, int) and value >= 1, name, "a whole number from 1")
+    for name in ("TRAIN_FRACTION", "TOLERANCE", "AUGMENT", "RANDOM_NEIGHBOURS"):
+        require(0 <= globals()[name] <= 1, name, "a share, from 0 to 1")
     is_size = len(FRAME_SIZE) == 2 and all(isinstance(side, int) for side in FRAME_SIZE)
     require(is_size and min(FRAME_SIZE) >= 32, "FRAME_SIZE", "(height, width), from 32")
-    require(SEQUENCE_LENGTH >= 1, "SEQUENCE_LENGTH", "1 or more")
-    require(EPOCHS >= 1, "EPOCHS", "1 or more")
-    require(BATCH_SIZE >= 1, "BATCH_SIZE", "1 or more")
     require(0 < LEARNING_RATE < 100, "LEARNING_RATE", "a number above 0, such as 0.1")
-    require(0 <= TOLERANCE <= 1, "TOLERANCE", "a share, from 0 to 1")
-    require(FRAME_BATCH >= 1, "FRAME_BATCH", "1 or more")
+    require(NEIGHBOUR_RANGE >= 0, "NEIGHBOUR_RANGE", "0 or more")
     precisions = ("auto", "float32", "mixed_bfloat16")
     require(PRECISION in precisions, "PRECISION", f"one of {precisions}")
     require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
     for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
         grids = globals()[name].values()
         is_right = grids and all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
-        require(is_right, name, "{layer: (rows, columns)}")
-    require(0 <= AUGMENT <= 1, "AUGMENT", "a share, from 0 to 1")
-    require(0 <= RANDOM_NEIGHBOURS <= 1, "RANDOM_NEIGHBOURS", "a share, from 0 to 1")
-    try:
+        require(is_right, name, "{layer: (height, width)}")
+    with explain(f'{OPTIMIZER = }: make it "adam", say, or the dict that the script comes with'):
         keras.optimizers.get(OPTIMIZER)
-    except Exception as error:  # Keras raises many types
-        remedy = 'make it "adam", say, or the dict that the script comes with'
-        raise InputError(f"{OPTIMIZER = }: {remedy} ({shorten(str(error), 150)})") from error
+
+
+def check_frames(sources, cache=None):
+    """Finds the frames that cannot be read. It decodes each, unless the folder cache has features
+    of it. Returns a DataFrame: digest, the MD5 of its content; width; height; pages, those of its
+    file; and problem: why it cannot be read, or None."""
+    cached = {path.stem for path in cache.glob("*/*.npz")} if cache else set()
+
+    def check(source):
+        is_array = isinstance(source, np.ndarray)
+        try:
+            content = source.tobytes() if is_array else source.read_bytes()
+            form = f"{source.shape} {source.dtype}".encode() if is_array else b""
+            digest = hashlib.md5(form + content).hexdigest()
+            image = open_image(source)
+            width, height = image.size
+            if image.getexif().get(0x0112) in (5, 6, 7, 8):  # EXIF: turn it by 90 degrees
+                width, height = height, width
+            pages = image.n_frames if image.format == "TIFF" else 1
+            if digest not in cached:
+                decode(image)
+        except Exception as error:  # Pillow raises many types
+            reasons = {UnidentifiedImageError: "not an image",
+                       FileNotFoundError: "no such file, or a link to none"}
+            name = "array" if is_array else source.name
+            return None, 0, 0, 0, f"{name}: {reasons.get(type(error), error)}"
+        return digest, width, height, pages, None
+
+    with ThreadPoolExecutor() as pool:
+        rows = list(pool.map(check, sources))
+    columns = ["digest", "width", "height", "pages", "problem"]
+    return pd.DataFrame(rows, columns=columns, dtype=object)
+
+
+def describe_problems(checked):
+    """A line about the frames that cannot be read."""
+    problems = checked["problem"].dropna()
+    named = shorten("; ".join(problems), 200, placeholder=" ...")
+    return f"{len(problems)} of {len(checked)} frames cannot be read: {named}"
 
 
 def write_files(folder, writers):
@@ -1075,22 +1044,17 @@ def write_files(folder, writers):
 
 def prepare_folder(folder, constant):
     """Makes the folder that a constant names. Raises InputError if it cannot be written to."""
-    try:
+    with explain(f"{folder}: cannot be written to; set {constant} to another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        problem = "it is a file" if folder.is_file() else error.strerror
-        remedy = f"set {constant} to another folder"
-        raise InputError(f"{folder}: cannot be written to ({problem}); {remedy}") from error
     return folder
 
 
 # == Main ========
 def load_data():
     """Labels, frames and windows. Returns (table: id, frame, split, true of the N labels, in the
-    order of their frames; names (P,) of the frames that the windows show; windows (N, T), rows
-    of these names; clip_starts (N,), the row at which each window's clip begins). Raises
-    InputError."""
+    order of their frames; names (P,) of the frames that their windows contain; windows (N, T),
+    rows of these names). Raises InputError."""
     file, folder = resolve_path(LABELS), resolve_path(FRAMES)
     labels = read_labels(file)
     all_names, others = list_frames(folder)
@@ -1098,44 +1062,42 @@ def load_data():
     if counted.empty:
         first = all_names[:3]
         if len(labels):
-            first = [all_names[row] for row in match_labels(labels[:3], all_names, others)]
+            first = [all_names[place] for place in match_labels(labels[:3], all_names, others)]
         first = ", ".join(first)
         raise InputError(f"{file}: no frame has a count yet; count the people in {first} first")
     n, n_train = len(counted), round(len(counted) * TRAIN_FRACTION)
     if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
-        problem = f"{TRAIN_FRACTION = } lets {n_train} train and {n - n_train} validate"
+        problem = f"{TRAIN_FRACTION = } gives {n_train} to train and {n - n_train} to validate"
         remedy = "change it, or write the counts of more frames"
         raise InputError(f"{file} has {n} labels: {problem}; {remedy}")
-    counted = counted.assign(row=match_labels(counted, all_names, others)).sort_values("row")
-    ends, counts = counted["row"].to_numpy(), counted["count"].to_numpy()
+    counted = counted.assign(place=match_labels(counted, all_names, others)).sort_values("place")
+    places, counts = counted["place"].to_numpy(), counted["count"].to_numpy()
     table = pd.DataFrame({
         "id": counted["id"].to_numpy(),
-        "frame": [all_names[row] for row in ends],
+        "frame": [all_names[place] for place in places],
         "split": np.where(np.arange(n) < n_train, "train", "validation"),
         "true": counts.astype(int) if (counts % 1 == 0).all() else counts,
     })
 
-    # all_windows (N, T) are rows of all_names. windows (N, T) are the same, but as rows of names
-    # (P,), which leaves out the frames that no window shows.
-    all_windows = make_windows(ends, find_clip_starts(all_names)[ends], SEQUENCE_LENGTH)
-    shown, windows = np.unique(all_windows, return_inverse=True)
-    windows = windows.reshape(all_windows.shape)
-    names = [all_names[row] for row in shown]
-    clip_starts = find_clip_starts(names)[windows[:, -1]]
+    # Only frames that windows contain are read. From here on, rows number these alone.
+    window_places = make_windows(places, find_clip_starts(all_names), SEQUENCE_LENGTH)  # (N, T)
+    contained = np.unique(window_places)  # (P,)
+    names = [all_names[place] for place in contained]
+    windows = np.searchsorted(contained, window_places)  # (N, T)
 
     rest = f"the last {n - n_train} validate" if n > n_train else "none is left to validate"
     print(f"{len(all_names)} frames, {n} labels: the first {n_train} train, {rest}.")
     if len(names) < len(all_names):
-        print(f"The windows of these labels show {len(names)} of the frames.")
+        print(f"The windows of these labels contain {len(names)} of the frames.")
     if n_uncounted := len(labels) - n:
         print(f"{n_uncounted} rows of {LABELS} have no count yet.")
-    return table, names, windows, clip_starts
+    return table, names, windows
 
 
 def check_data(paths, table, cache):
     """Checks the frames at paths (P,) and returns their digests (P,). Prints what distorts them.
-    Raises InputError for frames that cannot be read, and for the sample's labels beside other
-    frames."""
+    Raises InputError for frames that cannot be read, and if the sample's labels are used with
+    other frames."""
     checked = check_frames(paths, cache)
     if checked["problem"].notna().any():
         raise InputError(f"{resolve_path(FRAMES)}: {describe_problems(checked)}; replace them")
@@ -1147,8 +1109,8 @@ def check_data(paths, table, cache):
     if n_pages := int((checked["pages"] - 1).sum()):
         print(f"Left out: {n_pages} further pages of TIFF files.")
     height, width = FRAME_SIZE
-    shape = (checked["width"] / checked["height"]).astype(float)
-    distorted = checked[~(shape * height / width).between(0.9, 1.1)]
+    aspect_ratio = (checked["width"] / checked["height"]).astype(float)
+    distorted = checked[~(aspect_ratio * height / width).between(0.9, 1.1)]
     if len(distorted):
         sizes = distorted.value_counts(["width", "height"])
         (most_width, most_height), *_ = sizes.index
@@ -1183,7 +1145,7 @@ def main():
     keras.config.set_image_data_format("channels_last")
 
     # Data: N windows of T of P frames; C of the frames have a jittered copy.
-    table, names, windows, clip_starts = load_data()
+    table, names, windows = load_data()
     counts = table["true"].to_numpy(float)  # (N,)
     n_train = int((table["split"] == "train").sum())
     outputs = prepare_folder(resolve_path(OUTPUTS), "OUTPUTS")
@@ -1192,7 +1154,7 @@ def main():
     paths = [resolve_path(FRAMES) / name for name in names]
     digests = check_data(paths, table, cache)  # (P,)
     check_split(table, [digests[row] for row in windows[:, -1]])
-    training_rows = np.unique(windows[:n_train])  # of the frames that training windows show
+    training_rows = np.unique(windows[:n_train])  # (M,), the frames that training windows contain
     copied = choose_copied(digests, windows[:n_train, -1])  # (C,)
     frames = Frames(paths, digests, FRAME_SIZE, copied)
 
@@ -1217,16 +1179,17 @@ def main():
     else:
         model = keras.Sequential([spatial, temporal, regression])
         frame_data, eval_batch_size = frames, batch_size
-    draw = partial(draw_windows, clip_starts=clip_starts[:n_train], copy_of=frames.copy_of)
-    feed = partial(WindowSequence, frame_data)
-    training = feed(windows[:n_train], counts[:n_train], batch_size, draw)
+    draw = partial(draw_windows, clip_starts=find_clip_starts(names), copy_of=frames.copy_of)
+    training = WindowSequence(frame_data, windows[:n_train], counts[:n_train], batch_size, draw)
     validation = None
     if n_train < len(table):
-        validation = feed(windows[n_train:], counts[n_train:], eval_batch_size)
+        later = windows[n_train:], counts[n_train:]
+        validation = WindowSequence(frame_data, *later, eval_batch_size)
     history = train(model, training, validation)
 
     # Evaluation: the count of every labelled frame.
-    predicted = model.predict(feed(windows, counts, eval_batch_size), verbose=0)[:, 0]  # (N,)
+    labelled = WindowSequence(frame_data, windows, counts, eval_batch_size)
+    predicted = model.predict(labelled, verbose=0)[:, 0]  # (N,)
     check_trained(predicted[:n_train], counts[:n_train])
     table["predicted"] = np.maximum(predicted, 0)
     network = build_network(spatial, temporal, regression)
@@ -1254,7 +1217,7 @@ def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
     if "IPython" not in sys.modules:  # a notebook's kernel must survive
         signal.signal(signal.SIGINT, stop)
-    tf.get_logger().setLevel("ERROR")  # else TensorFlow remarks on a last, smaller batch
+    tf.get_logger().setLevel("ERROR")  # else TensorFlow warns of the smaller last batch
     if len(sys.argv) > 1:
         name = Path(__file__).name
         print(f"{name} takes no arguments: edit the constants at its top.", file=sys.stderr)

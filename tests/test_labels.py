@@ -7,7 +7,7 @@ import scipy.io
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import frame_paths, write_labels
+from conftest import Stopped, frame_paths, write_labels
 
 FORMS = {
     "plain": b"id,count\n1,5\n2,0\n3,7\n",
@@ -49,7 +49,7 @@ def test_a_sheet_may_be_filled_in_here_and_there(tmp_path):
 
 
 NAMES = ["day 1/0001.jpg", "day 1/0002.jpg", "day 2/0001.jpg", "day 2/cam7_12.png", "cam7_12.jpg"]
-IDS = {  # id: the rows of NAMES that it fits
+IDS = {  # id: the places in NAMES that it fits
     2: [1],
     1: [0, 2],
     12: [3, 4],
@@ -65,9 +65,8 @@ IDS = {  # id: the rows of NAMES that it fits
 }
 
 
-@pytest.mark.parametrize("label_id", IDS)
-def test_an_id_is_the_last_number_in_a_name_or_the_name(label_id):
-    assert ts.find_names([label_id], NAMES) == [IDS[label_id]]
+def test_an_id_is_the_last_number_in_a_name_or_the_name():
+    assert ts.find_names(IDS, NAMES) == list(IDS.values())
 
 
 @pytest.mark.parametrize("form", ["frame_{}.JPG", "img{:04}.png", "2019_cam3_{:06}.bmp", "{}.jfif"])
@@ -77,21 +76,20 @@ def test_numbers_name_frames_of_any_pattern(video, constants, form):
             image.save(path.with_name(form.format(int(path.stem[4:]))),
                        format="JPEG" if form.endswith("jfif") else None)
         path.unlink()
-    table, names, windows, _ = ts.load_data()
+    table, names, windows = ts.load_data()
     assert table["frame"].tolist() == [form.format(number) for number in range(1, 21)]
     assert names == table["frame"].tolist() and windows[:, -1].tolist() == list(range(20))
 
 
-def test_names_as_counts_csv_has_them_are_ids(finished, run):
-    """And give the same result as numbers do."""
-    _, expected = run(EPOCHS=1)
-    run(COUNT="frames/frames")
-    frames = pd.read_csv(finished / "outputs" / "counts.csv")["frame"]
-    counts = pd.read_csv(finished / "labels.csv")["count"]
-    write_labels(finished, zip(frames, counts))
-    _, table = run(EPOCHS=1)
-    assert table["id"].tolist() == table["frame"].tolist() == frames.tolist()
-    assert table["predicted"].equals(expected["predicted"])
+def test_names_as_counts_csv_has_them_are_ids(video, constants):
+    """And give the same windows as numbers do, in whatever order they stand."""
+    table, names, windows = ts.load_data()
+    rows = list(zip(table["frame"], table["true"]))
+    write_labels(video, rows[::-1])
+    named, same_names, same_windows = ts.load_data()
+    assert named["id"].tolist() == named["frame"].tolist() == table["frame"].tolist()
+    assert named["true"].equals(table["true"]) and same_names == names
+    assert (same_windows == windows).all()
 
 
 def test_only_frames_that_windows_of_labels_show_are_read(video, run, loaded, capsys):
@@ -107,7 +105,7 @@ def test_only_frames_that_windows_of_labels_show_are_read(video, run, loaded, ca
     assert set(loaded) == set(ts.check_frames(expected)["digest"])
     said = capsys.readouterr().out
     assert "19 frames, 3 labels: the first 2 train, the last 1 validate" in said
-    assert "show 11 of the frames" in said and "17 rows of labels.csv have no count yet" in said
+    assert "contain 11 of the frames" in said and "17 rows of labels.csv have no count yet" in said
     assert table["split"].tolist() == ["train", "train", "validation"]
 
 
@@ -122,23 +120,18 @@ def test_all_labels_can_train_and_nothing_passes_for_validation(finished, run, f
     assert figures == {"loss.png"}, "those of the model before are gone"
 
 
-def test_copies_of_training_frames_in_validation_are_named(video, run, capsys):
-    paths = frame_paths(video)
-    for copy, source in ((17, 3), (18, 3), (19, 9)):
-        paths[copy - 1].write_bytes(paths[source - 1].read_bytes())
-    run(EPOCHS=1)
-    assert "3 validation frames are copies of training frames" in capsys.readouterr().out
-
-
-def test_validation_counts_above_those_of_training_are_named(video, run, capsys):
-    counts = [3] * 16 + [3, 9, 8, 2]
+@pytest.mark.parametrize("is_bad", [False, True], ids=["good", "bad"])
+def test_a_split_that_flatters_or_cannot_be_counted_is_named(video, constants, until, capsys, is_bad):
+    """Copies of training frames that validate; true counts above all of training."""
+    counts = [3] * 16 + ([3, 9, 8, 2] if is_bad else [1, 2, 3, 3])
     write_labels(video, enumerate(counts, 1))
-    run(EPOCHS=1)
-    assert "2 of 4 validation counts are above 3, the highest in training" in capsys.readouterr().out
-
-
-def test_nothing_is_said_of_a_good_split(video, run, capsys):
-    write_labels(video, enumerate([1, 9] * 10, 1))
-    run(EPOCHS=1)
+    paths = frame_paths(video)
+    for copy, source in ((17, 3), (18, 3), (19, 9)) if is_bad else ():
+        paths[copy - 1].write_bytes(paths[source - 1].read_bytes())
+    until("build_backbone")
+    with pytest.raises(Stopped):
+        ts.main()
     said = capsys.readouterr().out
-    assert "counts are above" not in said and "copies of training frames" not in said
+    assert ("3 validation frames are copies of training frames" in said) is is_bad
+    assert ("2 of 4 validation counts are above 3, the highest in training" in said) is is_bad
+    assert ("copies" in said or "above" in said) is is_bad

@@ -1,6 +1,5 @@
 """The shipped sample is what its code renders, and worth training on."""
 
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_shipped_frames_are_what_the_code_renders():
     labels = pd.read_csv(ROOT / "labels.csv", index_col="id")["count"]
-    for frame, (rendered, count) in zip((1, 2), itertools.islice(render_sample.pictures(0), 2)):
+    for frame, (rendered, count) in zip([1], render_sample.pictures(0)):
         with Image.open(ROOT / "frames" / "frames" / f"seq_{frame:06d}.jpg") as image:
             shipped = np.asarray(image)
         assert count == labels[frame]

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import README, RESNET50, SIZE, count, frame_paths, make_video, read_frames, results
+from conftest import (
+    README, RESNET50, SIZE, Stopped, frame_paths, read_frames, results, write_labels
+)  # fmt: skip
 
 
 def written_in_features(n, n_train):
@@ -41,14 +43,6 @@ def test_it_learns_what_the_features_say_and_starts_at_the_mean(constants, graph
     assert before.mean() == pytest.approx(counts[:150].mean(), abs=4)
     assert error < 0.3 * np.abs(counts[150:] - counts[:150].mean()).mean()
     assert history["val_mae"].iloc[-1] == pytest.approx(error, rel=1e-3)
-
-
-def test_few_labels_do_not_end_at_the_mean_count(constants, graph):
-    """27 labels, batches of 7."""
-    constants(EPOCHS=9, LEARNING_RATE=0.2, SEQUENCE_LENGTH=2)
-    vectors, counts = written_in_features(127, 27)
-    _, error, _ = train_on(vectors, counts, 27, 7)
-    assert error < 0.5 * np.abs(counts[27:] - counts[:27].mean()).mean()
 
 
 def test_nothing_is_fitted_to_validation_frames(finished, run):
@@ -86,11 +80,11 @@ def test_training_is_as_the_readme_says(run, video, monkeypatch):
         return fit(model, training, callbacks=[Watch()], **options)
 
     monkeypatch.setattr(keras.Model, "fit", watch)
-    _, table = run(EPOCHS=4, LEARNING_RATE=0.1)
+    _, table = run(EPOCHS=3, LEARNING_RATE=0.1)
     rates, orders = zip(*seen)
-    expected = [0.05 * (1 + np.cos(np.pi * share)) for share in (0.25, 0.5, 0.75, 1)]
-    np.testing.assert_allclose(rates, expected, atol=1e-6)
-    assert len(set(map(tuple, orders))) == 4 and all(sorted(order) == list(range(16)) for order in orders)
+    np.testing.assert_allclose(rates, [0.075, 0.025, 0], atol=1e-6)
+    assert len(set(map(tuple, orders))) == 3
+    assert all(sorted(order) == list(range(16)) for order in orders)
     history = pd.read_csv(video / "outputs" / "history.csv")
     variance = table["true"][:16].var(ddof=0)
     np.testing.assert_allclose(history["loss"], history["mse"] / variance, rtol=1e-4)
@@ -102,19 +96,18 @@ def test_small_sets_take_at_least_four_steps_an_epoch(constants, monkeypatch, ba
 
     def check(model, training, **_):
         assert len(training) == steps
-        raise KeyboardInterrupt
+        raise Stopped
 
     monkeypatch.setattr(keras.Model, "fit", check)
     constants(BATCH_SIZE=batch_size)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Stopped):
         ts.main()
 
 
-@pytest.mark.parametrize("optimizer", ["default", "adam"])
-def test_training_on_windows_of_frames_gives_the_same_predictions(run, monkeypatch, optimizer):
+def test_training_on_windows_of_frames_gives_the_same_predictions(run, monkeypatch):
     """CACHE_FEATURES = False: frames and copies pass TimeDistributed ResNet50 at every step."""
-    changes = {"AUGMENT": 0.5, "EPOCHS": 1, "TRAIN_FRACTION": 0.4}
-    changes |= {"OPTIMIZER": "adam", "LEARNING_RATE": 1e-3} if optimizer == "adam" else {}
+    write_labels(ts.ROOT, zip(range(1, 21), [3, 1, 4, 1, 5, 9] + [None] * 14))
+    changes = {"AUGMENT": 0.5, "TRAIN_FRACTION": 0.67, "SEQUENCE_LENGTH": 2}
     _, expected = run(**changes)
     shapes, fit = [], keras.Model.fit
 
@@ -125,7 +118,7 @@ def test_training_on_windows_of_frames_gives_the_same_predictions(run, monkeypat
 
     monkeypatch.setattr(keras.Model, "fit", watch)
     _, table = run(CACHE_FEATURES=False, CACHE="none", **changes)
-    assert shapes == [((2, 5, *SIZE, 3), "uint8", ["spatial", "temporal", "regression"])]
+    assert shapes == [((1, 2, *SIZE, 3), "uint8", ["spatial", "temporal", "regression"])]
     assert not (ts.ROOT / "none").exists()
     np.testing.assert_allclose(table["predicted"], expected["predicted"], atol=1e-3)
 
@@ -145,7 +138,7 @@ def test_the_published_recipe_gives_the_published_network(run, monkeypatch):
     assert recipe.pop("FRAME_SIZE") == (224, 224) and recipe["COMPONENTS"] == 0
     assert set(recipe) <= set(vars(ts))
     monkeypatch.setattr(keras.applications, "ResNet50", RESNET50)
-    metrics, table = run(**recipe | {"FRAME_SIZE": (64, 64), "EPOCHS": 1})
+    metrics, table = run(**recipe | {"FRAME_SIZE": (32, 32)})
     assert table["predicted"].notna().all() and metrics["features"] == 2048
     model = keras.saving.load_model(ts.ROOT / "outputs" / "ts_crowdnet.keras")
     (lstm,) = model.get_layer("temporal").layers
@@ -154,23 +147,6 @@ def test_the_published_recipe_gives_the_published_network(run, monkeypatch):
 
 
 # -- Jittered copies
-
-
-def test_copies_train_the_model(constants, graph, monkeypatch):
-    """With them, a count changes less in other light from a nudged camera."""
-    video = make_video(ts.ROOT / "longer", frames=40)
-    monkeypatch.setattr(ts, "ROOT", video)
-    (video / "jittered").mkdir()
-    rng = np.random.default_rng(0)
-    for path in frame_paths(video):
-        ts.jitter(Image.open(path), rng).save(video / "jittered" / path.name, quality=95)
-    changes = []
-    for share in (0, 1):
-        constants(AUGMENT=share, EPOCHS=20, SEQUENCE_LENGTH=2)
-        ts.main()
-        jittered = count(video, video / "jittered")["count"].to_numpy()
-        changes.append(np.abs(jittered - results(video / "outputs")[1]["predicted"]).mean())
-    assert changes[1] < 0.7 * changes[0]
 
 
 def test_copies_show_the_same_scene_in_other_light_from_a_nudged_camera(video, constants):

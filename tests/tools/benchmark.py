@@ -153,8 +153,10 @@ def main():
         counting = time.perf_counter() - start
         row("counting all frames", counting, f"{n / counting:.1f} frames/s")
         names, _ = ts.list_frames(video / "frames" / "frames")
-        arrays = [np.asarray(ts.read_image(video / "frames" / "frames" / name)) for name in names[:5]]
-        call = median_seconds(lambda: ts.count_people(model, arrays))
+        paths = [video / "frames" / "frames" / name for name in names[:5]]
+        arrays = [np.asarray(ts.decode(ts.open_image(path))) for path in paths]
+        loaded = keras.saving.load_model(model)
+        call = median_seconds(lambda: ts.count_people(loaded, arrays))
         row("counting the last 5 frames of a stream", call)
 
         pixels = np.stack(arrays)

@@ -24,7 +24,7 @@ kills, status = 0, 1
 while kills < 3 or status:
     kind = KINDS[kills] if kills < 3 else None
     room = int(10 ** moments.uniform(2, 6))
-    seconds = moments.uniform(0.2, 3)
+    seconds = moments.uniform(0.2, 2)
     child = os.fork()  # imports are done: every moment of the child's life is the script's work
     if not child:
         if kind == "full disk":

@@ -82,7 +82,7 @@ class Video:
 
     def __init__(self, others, n_first):
         ts.TRAIN_FRACTION = 1
-        table, names, *_ = ts.load_data()
+        table, names, _ = ts.load_data()
         self.counts = table["true"].to_numpy(float)
         self.paths = [ts.resolve_path(ts.FRAMES) / name for name in names]
         self.others = {
@@ -120,8 +120,8 @@ def train(video, features, labelled, min_steps):
     """A function that counts windows of features, trained with the labels of these rows."""
     n = len(video.counts)
     windows = make_windows(n)[labelled]
-    shown, windows = np.unique(windows, return_inverse=True)  # as in the script's load_data()
-    windows = windows.reshape(len(labelled), -1)
+    shown = np.unique(windows)  # as in the script's load_data()
+    windows = np.searchsorted(shown, windows)
     copied = ts.choose_copied([video.digests[row] for row in shown], windows[:, -1])
     features = np.concatenate([features[shown], features[n + shown[copied]]])
     copy_of = np.arange(len(shown))
@@ -132,7 +132,7 @@ def train(video, features, labelled, min_steps):
     counts = video.counts[labelled]
     temporal, regression = ts.build_temporal(vectors.shape[1]), ts.build_regression(counts)
     batch_size = min(ts.BATCH_SIZE, math.ceil(len(labelled) / min_steps))
-    starts = np.zeros(len(labelled), int)
+    starts = np.zeros(len(shown), int)
     draw = partial(ts.draw_windows, clip_starts=starts, copy_of=copy_of)
     model = keras.Sequential([temporal, regression])
     ts.train(model, ts.WindowSequence(vectors, windows, counts, batch_size, draw))
