@@ -74,7 +74,7 @@ WEIGHTS = "imagenet"  # offline: the path of a weight file; None: random weights
 
 # -- Training
 SEQUENCE_LENGTH = 5  # frames in a window; on Mall, 1 is as good
-EPOCHS = 50  # after 5, counts are still worse than the mean count: judge no shorter run
+EPOCHS = 50  # do not judge by far fewer: after 5, the mean count is still better
 BATCH_SIZE = 32  # windows in a step, but at most a quarter of the training windows
 LEARNING_RATE = 0.1  # at the start, then it falls to 0; lower it if the loss rises
 OPTIMIZER = {"class_name": "SGD", "config": {"momentum": 0.9, "nesterov": True, "clipnorm": 1.0}}
@@ -221,31 +221,6 @@ def find_names(ids, names):
     return [places.get(key, []) for key in ids]
 
 
-def match_labels(labels, names, others):
-    """The place of each label's frame in the names of all frames (N,). others: names of other
-    files. Raises InputError unless each label fits exactly one frame."""
-    folder, file = resolve_path(FRAMES), resolve_path(LABELS)
-    places = find_names(labels["id"], names)
-    for line, label_id, fitting in zip(labels.index, labels["id"], places):
-        if len(fitting) > 1:
-            problem = f"fits {names[fitting[0]]} and {names[fitting[1]]}"
-            raise InputError(f"{file}, row {line}: id {label_id!r} {problem}; make paths the ids")
-    missing = [label_id for label_id, fitting in zip(labels["id"], places) if not fitting]
-    if missing:
-        some = ", ".join(map(str, missing[:3]))
-        problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
-        there = f"the folder has {names[0]} ... {names[-1]}"
-        for place, *_ in filter(None, find_names(missing, others)):
-            there = f"{others[place]} is of a kind not read: convert it to .jpg"
-        remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
-        raise InputError(f"{folder}: {problem}; {there}; {remedy}")
-    places = pd.Series([fitting[0] for fitting in places], labels.index, dtype=int)
-    if places.duplicated().any():
-        line = places.duplicated().idxmax()
-        raise InputError(f"{file}, row {line}: {names[places[line]]} has another label; remove one")
-    return places
-
-
 def find_clip_starts(names):
     """For each frame, the first row of its clip (P,). Consecutive frames of one folder form a clip;
     so do all frames that come as arrays, whose names are numbers."""
@@ -345,8 +320,8 @@ class Frames:
     def load(self, row):
         """One frame or copy (H, W, 3)."""
         image = decode(open_image(self.sources[row])).resize(self.size[::-1], Image.BILINEAR)
-        digest, _, is_copy = self.digests[row].partition("-")
-        if is_copy:  # always the same copy of the same frame, whatever the experiment
+        if row >= len(self.copy_of):  # a frame has the same copy in all experiments
+            digest = self.digests[row].removesuffix("-copy")
             image = jitter(image, np.random.default_rng(int(digest, 16)))
         return np.asarray(image)
 
@@ -515,28 +490,6 @@ def build_backbone(calibration_frames, precision):
     backbone = keras.Model(frame, features, name="backbone")
     backbone.trainable = False  # as in a saved model, so that counting finds the same cache
     return backbone, weights_name
-
-
-def prepare_cache():
-    """The folder CACHE, ready to be written to, or None if features are not kept. Raises
-    InputError."""
-    if not CACHE_FEATURES:
-        return None
-    cache = prepare_folder(resolve_path(CACHE), "CACHE")
-    size = sum(path.stat().st_size for path in cache.glob("*/[!.]*.npz"))
-    print(f"Features are kept in {cache} ({size / 1e6:,.0f} MB so far).")
-    return cache
-
-
-def open_cache(backbone, cache):
-    """The folder within the folder cache for features of this very network. Raises InputError."""
-    pixels_version = 1  # raise it when decode(), Frames.load() or jitter() changes
-    versions = (pixels_version, keras.__version__, keras.backend.backend(), Image.__version__)
-    layout = re.sub(r'_\d+"', '"', backbone.to_json())  # Keras numbers the same layers differently
-    key = hashlib.md5(f"{versions} {layout}".encode())
-    for weights in backbone.get_weights():
-        key.update(weights.tobytes())
-    return prepare_folder(cache / key.hexdigest(), "CACHE")
 
 
 def run_backbone(backbone, frames, rows):
@@ -982,6 +935,30 @@ def check_constants():
         keras.optimizers.get(OPTIMIZER)
 
 
+def check_labels(labels, places, names, others):
+    """Raises InputError unless each label fits exactly one frame. places: of the frames that each
+    label fits, see find_names. names: of all frames; others: of other files in their folder."""
+    folder, file = resolve_path(FRAMES), resolve_path(LABELS)
+    label_of, missing = {}, []
+    for line, label_id, fitting in zip(labels.index, labels["id"], places):
+        where = f"{file}, row {line}: id {label_id!r}"
+        if len(fitting) > 1:
+            first, second, *_ = (names[place] for place in fitting)
+            raise InputError(f"{where} fits {first} and {second}; make paths the ids")
+        if not fitting:
+            missing.append(label_id)
+        elif (other := label_of.setdefault(fitting[0], label_id)) is not label_id:
+            raise InputError(f"{where} names the same frame as id {other!r}; remove one")
+    if missing:
+        some = ", ".join(map(str, missing[:3]))
+        problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
+        there = f"the folder has {names[0]} ... {names[-1]}"
+        for place, *_ in filter(None, find_names(missing, others)):
+            there = f"{others[place]} is of a kind not read: convert it to .jpg"
+        remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
+        raise InputError(f"{folder}: {problem}; {there}; {remedy}")
+
+
 def check_frames(sources, cache=None):
     """Finds the frames that cannot be read. It decodes each, unless the folder cache has features
     of it. Returns a DataFrame: digest, the MD5 of its content; width; height; pages, those of its
@@ -1050,6 +1027,28 @@ def prepare_folder(folder, constant):
     return folder
 
 
+def prepare_cache():
+    """The folder CACHE, ready to be written to, or None if features are not kept. Raises
+    InputError."""
+    if not CACHE_FEATURES:
+        return None
+    cache = prepare_folder(resolve_path(CACHE), "CACHE")
+    size = sum(path.stat().st_size for path in cache.glob("*/[!.]*.npz"))
+    print(f"Features are kept in {cache} ({size / 1e6:,.0f} MB so far).")
+    return cache
+
+
+def open_cache(backbone, cache):
+    """The folder within the folder cache for features of this very network. Raises InputError."""
+    pixels_version = 1  # raise it when decode(), Frames.load() or jitter() changes
+    versions = (pixels_version, keras.__version__, keras.backend.backend(), Image.__version__)
+    layout = re.sub(r'_\d+"', '"', backbone.to_json())  # Keras numbers the same layers differently
+    key = hashlib.md5(f"{versions} {layout}".encode())
+    for weights in backbone.get_weights():
+        key.update(weights.tobytes())
+    return prepare_folder(cache / key.hexdigest(), "CACHE")
+
+
 # == Main ========
 def load_data():
     """Labels, frames and windows. Returns (table: id, frame, split, true of the N labels, in the
@@ -1060,17 +1059,16 @@ def load_data():
     all_names, others = list_frames(folder)
     counted = labels.dropna()
     if counted.empty:
-        first = all_names[:3]
-        if len(labels):
-            first = [all_names[place] for place in match_labels(labels[:3], all_names, others)]
-        first = ", ".join(first)
+        first = ", ".join(map(str, [*labels["id"], *all_names][:3]))
         raise InputError(f"{file}: no frame has a count yet; count the people in {first} first")
     n, n_train = len(counted), round(len(counted) * TRAIN_FRACTION)
     if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
         problem = f"{TRAIN_FRACTION = } gives {n_train} to train and {n - n_train} to validate"
         remedy = "change it, or write the counts of more frames"
         raise InputError(f"{file} has {n} labels: {problem}; {remedy}")
-    counted = counted.assign(place=match_labels(counted, all_names, others)).sort_values("place")
+    fitting = find_names(counted["id"], all_names)
+    check_labels(counted, fitting, all_names, others)
+    counted = counted.assign(place=np.concatenate(fitting)).sort_values("place")
     places, counts = counted["place"].to_numpy(), counted["count"].to_numpy()
     table = pd.DataFrame({
         "id": counted["id"].to_numpy(),
