@@ -21,8 +21,8 @@ frames also have a jittered copy, in other light and from a slightly moved camer
     3. regression  Dense(gelu), Dense(1)                           -> people in last frames (N, 1)
 
 Stage 1 is frozen, so it reads each of the P + C frames once. A Sequence then feeds windows of
-feature vectors to stages 2 and 3, which train. To read the code, begin with main(): it calls the
-functions in the order of this file. A first reading can skip checks, the cache and figures.
+feature vectors to stages 2 and 3, which train. To read the code, begin with main() at the end. The
+sections follow the stages; checks and files come last, and a first reading can skip them.
 """
 
 import glob
@@ -59,7 +59,7 @@ import tensorflow as tf
 from keras import layers, ops
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError  # comes with matplotlib
-from sklearn import decomposition, preprocessing
+from sklearn.decomposition import PCA
 
 ROOT = Path(__file__).resolve().parent
 
@@ -240,9 +240,10 @@ def make_windows(ends, clip_starts, sequence_length):
 def draw_windows(windows, clip_starts, copy_of, rng):
     """The windows (n, T) of one epoch, drawn from the training windows (n, T): rows of frames.
 
-    A share RANDOM_NEIGHBOURS of them gets other earlier frames, drawn at random, in their order. A
-    network that has seen these is not misled by gaps or other frame rates. In half of all windows,
-    each frame that has a jittered copy is replaced by it. Often this is the last frame alone."""
+    In a share RANDOM_NEIGHBOURS of them, the frames before the last one are drawn at random, with
+    replacement, from the last NEIGHBOUR_RANGE + 1 rows of the clip, and sorted. A network that has
+    seen such windows is not misled by gaps or other frame rates. In half of all windows, each
+    frame that has a jittered copy is replaced by it. Often this is the last frame alone."""
     ends = windows[:, -1:]
     lowest = np.maximum(ends - NEIGHBOUR_RANGE, clip_starts[ends])
     earlier = rng.integers(lowest, ends + 1, (len(windows), windows.shape[1] - 1))
@@ -274,7 +275,7 @@ def decode(image):
 
 def jitter(image, rng):
     """A copy of an image in other light (up to 15%, tint 5%), as if the camera had been nudged (2%
-    of the width, zoom 3%). It is black beyond the image."""
+    of the width, zoom 3%). It is dark beyond the image."""
     zoom = rng.uniform(0.97, 1.03)
     shift = rng.uniform(-0.02, 0.02, 2) * image.width
     left, top = shift + np.array(image.size) * (1 - zoom) / 2
@@ -358,6 +359,48 @@ class WindowSequence(keras.utils.Sequence):
             self.epoch_windows = self.draw(self.windows, rng=self.rng)
 
 
+def load_data():
+    """Labels, frames and windows. Returns (table: id, frame, split, true of the N labels, in the
+    order of their frames; names (P,) of the frames that their windows contain; windows (N, T),
+    rows of these names). Raises InputError."""
+    file, folder = resolve_path(LABELS), resolve_path(FRAMES)
+    labels = read_labels(file)
+    all_names, others = list_frames(folder)
+    counted = labels.dropna()
+    if counted.empty:
+        first = ", ".join(map(str, (labels["id"].tolist() or all_names)[:3]))
+        raise InputError(f"{file}: no frame has a count yet; count the people in {first} first")
+    n, n_train = len(counted), round(len(counted) * TRAIN_FRACTION)
+    if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
+        problem = f"{TRAIN_FRACTION = } gives {n_train} to train and {n - n_train} to validate"
+        remedy = "change it, or write the counts of more frames"
+        raise InputError(f"{file} has {n} labels: {problem}; {remedy}")
+    fitting = find_names(counted["id"], all_names)
+    check_labels(counted, fitting, all_names, others)
+    counted = counted.assign(place=np.concatenate(fitting)).sort_values("place")
+    places, counts = counted["place"].to_numpy(), counted["count"].to_numpy()
+    table = pd.DataFrame({
+        "id": counted["id"].to_numpy(),
+        "frame": [all_names[place] for place in places],
+        "split": np.where(np.arange(n) < n_train, "train", "validation"),
+        "true": counts.astype(int) if (counts % 1 == 0).all() else counts,
+    })
+
+    # Only frames that windows contain are read. From here on, rows number these alone.
+    window_places = make_windows(places, find_clip_starts(all_names), SEQUENCE_LENGTH)  # (N, T)
+    contained = np.unique(window_places)  # (P,)
+    names = [all_names[place] for place in contained]
+    windows = np.searchsorted(contained, window_places)  # (N, T)
+
+    rest = f"the last {n - n_train} validate" if n > n_train else "none is left to validate"
+    print(f"{len(all_names)} frames, {n} labels: the first {n_train} train, {rest}.")
+    if len(names) < len(all_names):
+        print(f"The windows of these labels contain {len(names)} of the frames.")
+    if n_uncounted := len(labels) - n:
+        print(f"{n_uncounted} rows of {LABELS} have no count yet.")
+    return table, names, windows
+
+
 # == Stage 1, spatial: ResNet50, features, PCA ========
 def choose_precision():
     """The device that Keras uses, and the dtype policy for ResNet50: ("CPU", "float32").
@@ -373,9 +416,8 @@ def choose_precision():
         with suppress(OSError):  # only Linux has this file
             flags = Path("/proc/cpuinfo").read_text()
             has_bfloat16 = bool(re.search("avx512_bf16|amx_bf16", flags))
-    if PRECISION != "auto":
-        return device, PRECISION
-    return device, "mixed_bfloat16" if has_bfloat16 else "float32"
+    best = "mixed_bfloat16" if has_bfloat16 else "float32"
+    return device, best if PRECISION == "auto" else PRECISION
 
 
 def load_resnet50():
@@ -424,9 +466,9 @@ def fold_batchnorm(resnet, read, precision):
     ..._conv. Where the output of that convolution is itself read, both stay. Jacob et al.,
     "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
     CVPR 2018."""
-    convolutions = {layer.name: layer.name.removesuffix("bn") + "conv" for layer in resnet.layers
-                    if isinstance(layer, layers.BatchNormalization)}
-    folded_into = {norm: name for norm, name in convolutions.items() if name not in read}
+    folded_into = {layer.name: name for layer in resnet.layers
+                   if isinstance(layer, layers.BatchNormalization)
+                   and (name := layer.name.removesuffix("bn") + "conv") not in read}
 
     def in_precision(layer):
         return type(layer).from_config(layer.get_config() | {"dtype": precision})
@@ -434,8 +476,7 @@ def fold_batchnorm(resnet, read, precision):
     def skip_norm(layer, x, **options):
         return x if layer.name in folded_into else layer(x, **options)
 
-    options = {"clone_function": in_precision, "call_function": skip_norm}
-    folded = keras.models.clone_model(resnet, **options)
+    folded = keras.models.clone_model(resnet, clone_function=in_precision, call_function=skip_norm)
     for layer in resnet.layers:  # each convolution gets its own weights before it is changed
         if layer.name in folded_into:
             convolution = folded.get_layer(folded_into[layer.name])
@@ -470,7 +511,7 @@ def build_backbone(calibration_frames, precision):
     constant = "FEATURE_LAYERS_RANDOM" if is_random else "FEATURE_LAYERS"
     grids = globals()[constant]
     names = [layer.name for layer in resnet.layers]
-    if unknown := grids.keys() - set(names):
+    if unknown := grids.keys() - names:
         some = ", ".join(name for name in names if name.endswith("_out"))
         problem = f"no layer {min(unknown)} in ResNet50"
         raise InputError(f"{constant}: {problem}; take conv1_relu, {some}")
@@ -479,16 +520,16 @@ def build_backbone(calibration_frames, precision):
     if is_random:
         calibrate(resnet, calibration_frames)
     frame = keras.Input((*FRAME_SIZE, 3), dtype="uint8", name="frame")
-    feature_maps = keras.tree.flatten(fold_batchnorm(resnet, grids, precision)(normalise(frame)))
+    feature_maps = fold_batchnorm(resnet, grids, precision)(normalise(frame))
     features = []
-    for feature_map, grid in zip(feature_maps, grids.values()):
+    for feature_map, grid in zip(keras.tree.flatten(feature_maps), grids.values()):
         features += summarise(feature_map, grid)
     features = ops.concatenate(features, axis=-1)
     if features.shape[1] > 200_000:
         problem = f"{features.shape[1]:,} features of a frame fill the memory"
         raise InputError(f"{constant}: {problem}; take coarser grids")
     backbone = keras.Model(frame, features, name="backbone")
-    backbone.trainable = False  # as in a saved model, so that counting finds the same cache
+    backbone.trainable = False  # as in a saved model: the key of the cache depends on it
     return backbone, weights_name
 
 
@@ -500,15 +541,16 @@ def run_backbone(backbone, frames, rows):
         return np.concatenate([backbone.predict_on_batch(batch) for batch in pixels])
 
 
-def extract_features(backbone, frames, cache=None):
-    """Yields the features (n, F) of all rows of frames, some rows at a time. With a folder cache,
-    features that it has are taken from there, a file for each frame named by its digest; those
-    that ResNet50 computes are kept there. Raises InputError for a file that cannot be written."""
+def extract_features(backbone, frames, cache):
+    """Yields the features (n, F) of all rows of frames, some rows at a time. cache: a folder that
+    keeps them, in a file for each frame named by its digest, or None. Raises InputError for a file
+    that cannot be written."""
     folder = open_cache(backbone, cache) if cache else None
     files = [f"{digest}.npz" for digest in frames.digests]
+    # left: what ResNet50 still has to compute. Frames of the same content share a file.
     left = set(files) - ({path.name for path in folder.iterdir()} if folder else set())
-    if 64 < len(left) < len(files):
-        n_known = sum(file not in left for file in files)
+    n_known = sum(file not in left for file in files)
+    if n_known and len(left) > 64:
         print(f"{n_known} of {len(files)} images are in {cache}, {len(left)} are left.")
     bar = keras.utils.Progbar(len(left), unit_name="frame", verbose=int(len(left) > 64))
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
@@ -539,22 +581,21 @@ def build_reduction(frame_features, copy_features):
     norm of 1. So one LEARNING_RATE suits all videos, and a norm above UNFAMILIAR tells a frame
     that is unlike those of training. "components" gives the principal components."""
     features = np.concatenate([frame_features, copy_features])
-    scaler = preprocessing.StandardScaler().fit(features)
-    deviation = np.sqrt(scaler.var_)
+    mean, deviation = features.mean(axis=0, dtype=float), features.std(axis=0, dtype=float)
     floor = 0.1 * float(np.median(deviation))  # a nearly constant feature may vary in new frames
     scale = np.maximum(deviation, max(floor, 1e-3))
-    scaled = (features - scaler.mean_.astype("float32")) / scale.astype("float32")
+    scaled = (features - mean.astype("float32")) / scale.astype("float32")
     norms = np.linalg.norm(scaled[: len(frame_features)], axis=1)
     variance = np.square(scale * max(float(np.median(norms)), 1.0))
 
     reduction = keras.Sequential(name="reduction")
     reduction.add(keras.Input((features.shape[1],), name="features"))
-    reduction.add(layers.Normalization(mean=scaler.mean_, variance=variance, name="standardised"))
+    reduction.add(layers.Normalization(mean=mean, variance=variance, name="standardised"))
     if COMPONENTS:
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
         # One power iteration is as accurate here as scikit-learn's default, and takes a third of
         # the time.
-        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED).fit(scaled)
+        pca = PCA(n_components, iterated_power=1, random_state=SEED).fit(scaled)
         reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
         reduction.layers[-1].set_weights([pca.components_.T])  # no bias: their mean is 0
     return reduction
@@ -719,8 +760,6 @@ def plot_loss(history, baseline):
 
 def plot_predictions(validation, weights_name, metrics):
     """True and predicted counts, against each other and frame by frame."""
-    if validation.empty:
-        return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(1, 2))
     counts = validation[["true", "predicted"]].reset_index(drop=True)
     ends = np.array([counts.min().min() - 1, counts.max().max() + 1])
@@ -741,8 +780,6 @@ def plot_predictions(validation, weights_name, metrics):
 def plot_examples(validation, folder):
     """Validation frames with their counts: the three largest errors, then three typical ones.
     folder: where the frames are."""
-    if validation.empty:
-        return None
     error = validation["predicted"] - validation["true"]
     order = np.argsort(-np.abs(error.to_numpy()), kind="stable")
     middle = max(3, len(order) // 2 - 1)
@@ -761,11 +798,11 @@ def plot_examples(validation, folder):
     return figure
 
 
-def plot_counts(table, labels=None):
+def plot_counts(table, labels):
     """The counts of all frames. labels: true counts and split of some of them, by name."""
     figure, axis = plt.subplots(figsize=(11, 4))
     axis.plot(table["count"].to_numpy(), ".-", linewidth=1, markersize=3, label="counted")
-    for split, group in labels.groupby("split") if labels is not None else ():
+    for split, group in labels.groupby("split"):
         true = group["true"].reindex(table.index).to_numpy()
         axis.plot(true, "o", markersize=4, label=f"label ({split})")
     axis.set_ylim(bottom=0)
@@ -781,8 +818,8 @@ def plot_counts(table, labels=None):
 
 
 def save_figures(folder, figures):
-    """Saves figures {name: function that plots one, or returns None}. Those of an earlier model are
-    deleted first. A failure costs only the figures."""
+    """Saves figures {name: function that plots one, or None}. Those of an earlier model are deleted
+    first. If a figure cannot be saved, a warning says so."""
     try:
         for name in figures:
             for ending in (".png", ".pdf"):
@@ -790,7 +827,8 @@ def save_figures(folder, figures):
         settings = {"savefig.dpi": 200, "figure.constrained_layout.use": True, "pdf.compression": 1}
         sns.set_theme("paper", "ticks", "colorblind", rc=settings)
         for name, plot in figures.items():
-            if figure := plot():
+            if plot:
+                figure = plot()
                 save_png = partial(figure.savefig, pil_kwargs={"compress_level": 1})
                 write_files(folder, {f"{name}.png": save_png, f"{name}.pdf": figure.savefig})
     except (InputError, OSError, ImportError, RuntimeError) as error:
@@ -849,7 +887,7 @@ def count_people(model, frames, cache=None):
     names, sources = list_sources(frames)
     backbone, reduction, temporal, regression = load_stages(model)
     cache = Path(cache).expanduser() if cache else None
-    checked = check_frames(sources, cache)
+    checked = check_frames(names, sources, cache)
     readable = np.flatnonzero(checked["problem"].isna())
     if len(readable) < len(sources):
         problem = describe_problems(checked)
@@ -888,7 +926,7 @@ def count_folder():
     table = count_people(outputs / MODEL, resolve_path(COUNT), cache)
     save_counts = partial(table.to_csv, float_format="%.3f", errors="surrogateescape")
     write_files(outputs, {"counts.csv": save_counts})
-    labels = None
+    labels = pd.DataFrame(columns=["true", "split"])
     if resolve_path(COUNT).resolve() == resolve_path(FRAMES).resolve():
         with suppress(OSError, ValueError, LookupError):  # the figure can go without them
             labels = pd.read_csv(outputs / "predictions.csv", index_col="frame")[["true", "split"]]
@@ -898,8 +936,8 @@ def count_folder():
     doubt = ": doubt their counts." if n_unfamiliar else "."
     print(f"{n_unfamiliar} of {len(table)} frames look unlike the training frames{doubt}")
     if is_familiar.any():
-        where = f"in the {is_familiar.sum()} others" if n_unfamiliar else "in these frames"
-        print(f"{table['count'][is_familiar].mean():.1f} people on average {where}.")
+        where = f"the {is_familiar.sum()} familiar" if n_unfamiliar else "these"
+        print(f"{table['count'][is_familiar].mean():.1f} people on average in {where} frames.")
     print(f"Done in {time.time() - started:.0f} s. Open {outputs / 'counts.png'} and counts.csv.")
     show_figures()
 
@@ -913,17 +951,17 @@ def check_constants():
         if not is_right:
             raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
 
-    for name in ("OUTPUTS", "COUNT", "WEIGHTS"):
+    for name in ("LABELS", "FRAMES", "OUTPUTS", "COUNT", "WEIGHTS", "CACHE"):
         require(globals()[name] != "", name, "a path, in quotes")
-    for name in ("SEQUENCE_LENGTH", "EPOCHS", "BATCH_SIZE", "FRAME_BATCH"):
-        value = globals()[name]
-        require(isinstance(value, int) and value >= 1, name, "a whole number from 1")
-    for name in ("TRAIN_FRACTION", "TOLERANCE", "AUGMENT", "RANDOM_NEIGHBOURS"):
+    sizes = ("SEQUENCE_LENGTH", "EPOCHS", "BATCH_SIZE", "FRAME_BATCH", "LSTM_UNITS", "DENSE_UNITS")
+    for name in (*sizes, "SEED", "COMPONENTS", "PROJECTION", "NEIGHBOUR_RANGE"):
+        value, least = globals()[name], int(name in sizes)
+        require(isinstance(value, int) and value >= least, name, f"a whole number from {least}")
+    for name in ("TRAIN_FRACTION", "TOLERANCE", "LSTM_DROPOUT", "AUGMENT", "RANDOM_NEIGHBOURS"):
         require(0 <= globals()[name] <= 1, name, "a share, from 0 to 1")
     is_size = len(FRAME_SIZE) == 2 and all(isinstance(side, int) for side in FRAME_SIZE)
     require(is_size and min(FRAME_SIZE) >= 32, "FRAME_SIZE", "(height, width), from 32")
     require(0 < LEARNING_RATE < 100, "LEARNING_RATE", "a number above 0, such as 0.1")
-    require(NEIGHBOUR_RANGE >= 0, "NEIGHBOUR_RANGE", "0 or more")
     precisions = ("auto", "float32", "mixed_bfloat16")
     require(PRECISION in precisions, "PRECISION", f"one of {precisions}")
     require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
@@ -947,25 +985,25 @@ def check_labels(labels, places, names, others):
             raise InputError(f"{where} fits {first} and {second}; make paths the ids")
         if not fitting:
             missing.append(label_id)
-        elif (other := label_of.setdefault(fitting[0], label_id)) is not label_id:
+        elif (other := label_of.setdefault(fitting[0], label_id)) != label_id:
             raise InputError(f"{where} names the same frame as id {other!r}; remove one")
     if missing:
         some = ", ".join(map(str, missing[:3]))
         problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
         there = f"the folder has {names[0]} ... {names[-1]}"
-        for place, *_ in filter(None, find_names(missing, others)):
-            there = f"{others[place]} is of a kind not read: convert it to .jpg"
+        if unread := sum(find_names(missing, others), []):
+            there += f", and {others[unread[0]]}, a kind not read: convert it to .jpg if it is one"
         remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
         raise InputError(f"{folder}: {problem}; {there}; {remedy}")
 
 
-def check_frames(sources, cache=None):
-    """Finds the frames that cannot be read. It decodes each, unless the folder cache has features
-    of it. Returns a DataFrame: digest, the MD5 of its content; width; height; pages, those of its
-    file; and problem: why it cannot be read, or None."""
+def check_frames(names, sources, cache):
+    """Finds the frames that cannot be read. It decodes each, unless the folder cache, or None, has
+    features of it. Returns a DataFrame: digest, the MD5 of its content; width; height; pages, those
+    of its file; and problem: its name and why it cannot be read, or None."""
     cached = {path.stem for path in cache.glob("*/*.npz")} if cache else set()
 
-    def check(source):
+    def check(name, source):
         is_array = isinstance(source, np.ndarray)
         try:
             content = source.tobytes() if is_array else source.read_bytes()
@@ -981,12 +1019,11 @@ def check_frames(sources, cache=None):
         except Exception as error:  # Pillow raises many types
             reasons = {UnidentifiedImageError: "not an image",
                        FileNotFoundError: "no such file, or a link to none"}
-            name = "array" if is_array else source.name
             return None, 0, 0, 0, f"{name}: {reasons.get(type(error), error)}"
         return digest, width, height, pages, None
 
     with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(check, sources))
+        rows = list(pool.map(check, names, sources))
     columns = ["digest", "width", "height", "pages", "problem"]
     return pd.DataFrame(rows, columns=columns, dtype=object)
 
@@ -994,8 +1031,50 @@ def check_frames(sources, cache=None):
 def describe_problems(checked):
     """A line about the frames that cannot be read."""
     problems = checked["problem"].dropna()
-    named = shorten("; ".join(problems), 200, placeholder=" ...")
+    named = shorten("; ".join(problems), 200, placeholder=" ...").encode(errors="replace").decode()
     return f"{len(problems)} of {len(checked)} frames cannot be read: {named}"
+
+
+def check_data(names, paths, table, cache):
+    """Checks the frames with these names and paths (P,) and returns their digests (P,). Prints what
+    distorts them. Raises InputError for frames that cannot be read, and if the sample's labels are
+    used with other frames."""
+    checked = check_frames(names, paths, cache)
+    if checked["problem"].notna().any():
+        raise InputError(f"{resolve_path(FRAMES)}: {describe_problems(checked)}; replace them")
+    if b"synthetic mall sample" in paths[0].read_bytes():
+        print("These frames are rendered; the README tells how to use real ones.")
+    elif hashlib.md5(table["true"].to_numpy(float).tobytes()).hexdigest() == SAMPLE_COUNTS:
+        problem = "labels of the sample, not of these frames"
+        raise InputError(f"{resolve_path(LABELS)}: {problem}; correct LABELS")
+    if n_pages := int((checked["pages"] - 1).sum()):
+        print(f"Left out: {n_pages} further pages of TIFF files.")
+    height, width = FRAME_SIZE
+    aspect_ratio = (checked["width"] / checked["height"]).astype(float)
+    distorted = checked[~(aspect_ratio * height / width).between(0.9, 1.1)]
+    if len(distorted):
+        sizes = distorted.value_counts(["width", "height"])
+        (most_width, most_height), *_ = sizes.index
+        fitting = (height, round(height * most_width / most_height))
+        print(f"FRAME_SIZE = {FRAME_SIZE} distorts {len(distorted)} of {len(paths)} frames, such as"
+              f" those of {most_width}x{most_height}; FRAME_SIZE = {fitting} keeps their shape.")
+    return checked["digest"].tolist()
+
+
+def check_split(table, digests):
+    """Prints why the validation metrics may mislead. table: frame, split, true of the N labels;
+    digests (N,) of their frames."""
+    is_train = table["split"] == "train"
+    digests = pd.Series(digests)
+    n_known = int(digests[~is_train].isin(digests[is_train]).sum())
+    if n_known:
+        print(f"{n_known} validation frames are copies of training frames, byte for byte:",
+              "the metrics look better than they are.")
+    highest = table["true"][is_train].max()
+    n_above = int((table["true"][~is_train] > highest).sum())
+    if n_above:
+        print(f"{n_above} of {(~is_train).sum()} validation counts are above {highest:g}, the",
+              "highest in training: expect predictions that are too low.")
 
 
 def write_files(folder, writers):
@@ -1003,8 +1082,8 @@ def write_files(folder, writers):
     when all are whole, so that no file is ever half written. Raises InputError."""
     targets = {folder / name: folder / f".new-{name}" for name in writers}
     try:
-        for target, write in zip(targets, writers.values()):
-            write(targets[target])
+        for (target, new), write in zip(targets.items(), writers.values()):
+            write(new)
             if target.exists():
                 target.open("ab").close()  # fails now if another program holds the file
         for target, new in targets.items():
@@ -1050,90 +1129,6 @@ def open_cache(backbone, cache):
 
 
 # == Main ========
-def load_data():
-    """Labels, frames and windows. Returns (table: id, frame, split, true of the N labels, in the
-    order of their frames; names (P,) of the frames that their windows contain; windows (N, T),
-    rows of these names). Raises InputError."""
-    file, folder = resolve_path(LABELS), resolve_path(FRAMES)
-    labels = read_labels(file)
-    all_names, others = list_frames(folder)
-    counted = labels.dropna()
-    if counted.empty:
-        first = ", ".join(map(str, [*labels["id"], *all_names][:3]))
-        raise InputError(f"{file}: no frame has a count yet; count the people in {first} first")
-    n, n_train = len(counted), round(len(counted) * TRAIN_FRACTION)
-    if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
-        problem = f"{TRAIN_FRACTION = } gives {n_train} to train and {n - n_train} to validate"
-        remedy = "change it, or write the counts of more frames"
-        raise InputError(f"{file} has {n} labels: {problem}; {remedy}")
-    fitting = find_names(counted["id"], all_names)
-    check_labels(counted, fitting, all_names, others)
-    counted = counted.assign(place=np.concatenate(fitting)).sort_values("place")
-    places, counts = counted["place"].to_numpy(), counted["count"].to_numpy()
-    table = pd.DataFrame({
-        "id": counted["id"].to_numpy(),
-        "frame": [all_names[place] for place in places],
-        "split": np.where(np.arange(n) < n_train, "train", "validation"),
-        "true": counts.astype(int) if (counts % 1 == 0).all() else counts,
-    })
-
-    # Only frames that windows contain are read. From here on, rows number these alone.
-    window_places = make_windows(places, find_clip_starts(all_names), SEQUENCE_LENGTH)  # (N, T)
-    contained = np.unique(window_places)  # (P,)
-    names = [all_names[place] for place in contained]
-    windows = np.searchsorted(contained, window_places)  # (N, T)
-
-    rest = f"the last {n - n_train} validate" if n > n_train else "none is left to validate"
-    print(f"{len(all_names)} frames, {n} labels: the first {n_train} train, {rest}.")
-    if len(names) < len(all_names):
-        print(f"The windows of these labels contain {len(names)} of the frames.")
-    if n_uncounted := len(labels) - n:
-        print(f"{n_uncounted} rows of {LABELS} have no count yet.")
-    return table, names, windows
-
-
-def check_data(paths, table, cache):
-    """Checks the frames at paths (P,) and returns their digests (P,). Prints what distorts them.
-    Raises InputError for frames that cannot be read, and if the sample's labels are used with
-    other frames."""
-    checked = check_frames(paths, cache)
-    if checked["problem"].notna().any():
-        raise InputError(f"{resolve_path(FRAMES)}: {describe_problems(checked)}; replace them")
-    if b"synthetic mall sample" in paths[0].read_bytes():
-        print("These frames are rendered; the README tells how to use real ones.")
-    elif hashlib.md5(table["true"].to_numpy(float).tobytes()).hexdigest() == SAMPLE_COUNTS:
-        problem = "labels of the sample, not of these frames"
-        raise InputError(f"{resolve_path(LABELS)}: {problem}; correct LABELS")
-    if n_pages := int((checked["pages"] - 1).sum()):
-        print(f"Left out: {n_pages} further pages of TIFF files.")
-    height, width = FRAME_SIZE
-    aspect_ratio = (checked["width"] / checked["height"]).astype(float)
-    distorted = checked[~(aspect_ratio * height / width).between(0.9, 1.1)]
-    if len(distorted):
-        sizes = distorted.value_counts(["width", "height"])
-        (most_width, most_height), *_ = sizes.index
-        fitting = (height, round(height * most_width / most_height))
-        print(f"FRAME_SIZE = {FRAME_SIZE} distorts {len(distorted)} of {len(paths)} frames, such as"
-              f" those of {most_width}x{most_height}; FRAME_SIZE = {fitting} keeps their shape.")
-    return checked["digest"].tolist()
-
-
-def check_split(table, digests):
-    """Prints why the validation metrics may mislead. table: frame, split, true of the N labels;
-    digests (N,) of their frames."""
-    is_train = table["split"] == "train"
-    digests = pd.Series(digests)
-    n_known = int(digests[~is_train].isin(digests[is_train]).sum())
-    if n_known:
-        print(f"{n_known} validation frames are copies of training frames, byte for byte:",
-              "the metrics look better than they are.")
-    highest = table["true"][is_train].max()
-    n_above = int((table["true"][~is_train] > highest).sum())
-    if n_above:
-        print(f"{n_above} of {(~is_train).sum()} validation counts are above {highest:g}, the",
-              "highest in training: expect predictions that are too low.")
-
-
 def main():
     """Labels -> windows -> feature vectors -> network -> counts -> figures and numbers."""
     check_constants()
@@ -1145,12 +1140,12 @@ def main():
     # Data: N windows of T of P frames; C of the frames have a jittered copy.
     table, names, windows = load_data()
     counts = table["true"].to_numpy(float)  # (N,)
-    n_train = int((table["split"] == "train").sum())
+    n_train = int((table["split"] == "train").sum())  # the first ones
     outputs = prepare_folder(resolve_path(OUTPUTS), "OUTPUTS")
     print_replaced(outputs)
     cache = prepare_cache()
     paths = [resolve_path(FRAMES) / name for name in names]
-    digests = check_data(paths, table, cache)  # (P,)
+    digests = check_data(names, paths, table, cache)  # (P,)
     check_split(table, [digests[row] for row in windows[:, -1]])
     training_rows = np.unique(windows[:n_train])  # (M,), the frames that training windows contain
     copied = choose_copied(digests, windows[:n_train, -1])  # (C,)
@@ -1197,8 +1192,8 @@ def main():
     validated = table[table["split"] == "validation"]
     save_figures(outputs, {
         "loss": partial(plot_loss, history, baseline),
-        "predictions": partial(plot_predictions, validated, weights_name, metrics),
-        "examples": partial(plot_examples, validated, resolve_path(FRAMES)),
+        "predictions": metrics and partial(plot_predictions, validated, weights_name, metrics),
+        "examples": metrics and partial(plot_examples, validated, resolve_path(FRAMES)),
     })
     shown = "predictions.png and examples.png" if metrics else "loss.png"
     print(f"Done in {time.time() - started:.0f} s. Open {shown} in {outputs}.")
@@ -1225,7 +1220,7 @@ def run_as_script():
     except (InputError, OSError) as error:
         if sys.flags.dev_mode:  # python -X dev
             raise
-        sys.exit(shorten(f"Error: {error}", 500))
+        sys.exit(" ".join(f"Error: {error}".splitlines())[:500])
 
 
 if __name__ == "__main__":

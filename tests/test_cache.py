@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import Stopped, frame_paths
+from conftest import Stopped, digests_of, frame_paths
 
 CALIBRATION = 2  # frames that random weights are calibrated with in every run
 
@@ -69,7 +69,7 @@ def test_features_belong_to_a_frames_content(finished, read):
     times = os.stat(folder / "img000019.jpeg")
     Image.new("RGB", (64, 48)).save(folder / "img000019.jpeg")
     os.utime(folder / "img000019.jpeg", ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert read() == ts.check_frames([folder / "img000019.jpeg"])["digest"].tolist()
+    assert read() == digests_of([folder / "img000019.jpeg"])
 
 
 def test_damaged_features_are_computed_anew(finished, read):

@@ -172,7 +172,7 @@ def test_a_video_or_an_empty_folder_is_answered_with_the_command_that_makes_fram
 def test_arrays_that_are_no_frames_are_refused(finished):
     shapes = (48, 64), (2, 48, 64), (2, 48, 64, 2), (2, 0, 64, 3)
     for array in (np.zeros((2, 48, 64, 3)), *(np.zeros(shape, "uint8") for shape in shapes)):
-        with pytest.raises(ts.InputError, match=r"array: .*(not \(H, W, 3\)|data type)"):
+        with pytest.raises(ts.InputError, match=r" 0: .*(not \(H, W, 3\)|data type)"):
             count(finished, array)
     with pytest.raises(ts.InputError, match="empty"):
         count(finished, [])

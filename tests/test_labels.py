@@ -7,7 +7,7 @@ import scipy.io
 from PIL import Image
 
 import tscrowdnet_train as ts
-from conftest import Stopped, frame_paths, write_labels
+from conftest import Stopped, digests_of, frame_paths, write_labels
 
 FORMS = {
     "plain": b"id,count\n1,5\n2,0\n3,7\n",
@@ -102,7 +102,7 @@ def test_only_frames_that_windows_of_labels_show_are_read(video, run, loaded, ca
     _, table = run(AUGMENT=0, TRAIN_FRACTION=0.7)
     paths = frame_paths(video)
     expected = [paths[number - 1] for number in range(6, 12)] + paths[14:]  # 15, 16, 17, 19, 20
-    assert set(loaded) == set(ts.check_frames(expected)["digest"])
+    assert set(loaded) == set(digests_of(expected))
     said = capsys.readouterr().out
     assert "19 frames, 3 labels: the first 2 train, the last 1 validate" in said
     assert "contain 11 of the frames" in said and "17 rows of labels.csv have no count yet" in said

@@ -272,7 +272,7 @@ def test_counts_are_shown_with_labels_and_what_is_unfamiliar():
     np.testing.assert_array_equal(axis.lines[1].get_ydata(), [np.nan, np.nan, np.nan, 7])
     texts = [text.get_text() for text in axis.get_legend().get_texts()]
     assert texts[:2] == ["counted", "label (train)"] and "unlike" in texts[2]
-    assert not ts.plot_counts(table[:1]).axes[0].images
+    assert not ts.plot_counts(table[:1], labels).axes[0].images
     plt.close("all")
 
 

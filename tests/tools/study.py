@@ -94,14 +94,14 @@ class Video:
     def read(self, backbone, paths, with_copies):
         """Features (P, F) of frames, followed by those of their copies."""
         cache = ts.resolve_path(ts.CACHE)
-        digests = ts.check_frames(paths, cache)["digest"].tolist()
+        digests = ts.check_frames(paths, paths, cache)["digest"].tolist()
         frames = ts.Frames(paths, digests, ts.FRAME_SIZE, range(len(paths)) if with_copies else ())
         return np.concatenate(list(ts.extract_features(backbone, frames, cache)))
 
     def features(self, key):
         """(features of frames and copies (2 P, F), {name: features of the others})."""
         if key not in self.known:  # of the last row alone: neighbouring rows share them
-            self.digests = ts.check_frames(self.paths)["digest"].tolist()
+            self.digests = ts.check_frames(self.paths, self.paths, None)["digest"].tolist()
             calibration = ts.Frames(self.paths[:2], self.digests[:2], ts.FRAME_SIZE)[[0, 1]]
             backbone, _ = ts.build_backbone(calibration, ts.choose_precision()[1])
             others = {name: self.read(backbone, paths, False) for name, paths in self.others.items()}
