@@ -393,7 +393,7 @@ def load_data():
     windows = np.searchsorted(contained, window_places)  # (N, T)
 
     rest = f"the last {n - n_train} validate" if n > n_train else "none is left to validate"
-    print(f"{len(all_names)} frames, {n} labels: the first {n_train} train, {rest}.")
+    print(f"{len(all_names)} frames in {folder}, {n} labels: the first {n_train} train, {rest}.")
     if len(names) < len(all_names):
         print(f"The windows of these labels contain {len(names)} of the frames.")
     if n_uncounted := len(labels) - n:
@@ -438,8 +438,10 @@ def load_resnet50():
             print("Warning: ImageNet's weights could not be loaded, so random ones are used, which"
                   f" count worse. Without a network, set WEIGHTS to a copy of {IMAGENET_FILE}.",
                   file=sys.stderr)
-            return build(None), "random: ImageNet's not loaded", True
+            return build(None), "random instead of ImageNet's", True
     path = resolve_path(WEIGHTS)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; correct WEIGHTS")
     with explain(f"{path}: no weight file of Keras's ResNet50 without top; correct WEIGHTS"):
         return build(str(path)), path.name, False
 
@@ -616,7 +618,7 @@ def build_temporal(vector_size):
     if PROJECTION:
         start = keras.initializers.RandomNormal(stddev=0.01)  # Keras's default grows as K shrinks
         temporal.add(layers.Dense(PROJECTION, kernel_initializer=start, name="projection"))
-    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, unroll=SEQUENCE_LENGTH <= 16, name="lstm")
+    lstm = layers.LSTM(LSTM_UNITS, dropout=LSTM_DROPOUT, name="lstm")
     temporal.add(lstm)
     gates = [0.0, FORGET_BIAS, 0.0, 0.0]  # input, forget, cell, output
     lstm.cell.bias.assign(np.repeat(gates, LSTM_UNITS))
@@ -725,12 +727,14 @@ def save_results(outputs, model, history, table, run):
         line = "{}: MAE {mae:.3f}, MSE {mse:.3f}, RMSE {rmse:.3f}, within {:.0%}: {accuracy:.1%}"
         print(line.format("Validation frames", TOLERANCE, **metrics))
         print(line.format("Always the mean count", TOLERANCE, **baseline))
-        few = ", which are so few that they tell little" if len(validation) < 20 else ""
-        print(f"These metrics come from {len(validation)} frames{few}.")
+        few = ", so few that these metrics tell little" if len(validation) < 20 else ""
+        print(f"Number of validation frames: {len(validation)}{few}.")
         if metrics["mae"] >= baseline["mae"]:
             print("That is no better than always predicting the mean count: label more frames.")
     else:
         print("No label was left to validate: nothing is known of the error on other frames.")
+    if (outputs / "counts.csv").exists():
+        print(f"{outputs / 'counts.csv'} is older than this model: count once more.")
     return metrics, baseline
 
 
@@ -812,7 +816,8 @@ def plot_counts(table, labels):
         axis.imshow(doubtful, "Greys", vmin=0, vmax=4, aspect="auto", extent=area)
         axis.fill_between([], [], color="0.75", label="unlike the training frames, or unreadable")
     name_frames(axis, table.index)
-    axis.set(title="People in each frame", xlabel="Frame", ylabel="People")
+    axis.set_title(f"{COUNT}: people in each frame", parse_math=False)
+    axis.set(xlabel="Frame", ylabel="People")
     axis.legend()
     return figure
 
@@ -923,6 +928,7 @@ def count_folder():
         raise InputError(f"{outputs / MODEL}: no such file; train a model first")
     prepare_folder(outputs, "OUTPUTS")
     cache = prepare_cache()
+    print(f"{outputs / MODEL} counts the people in {resolve_path(COUNT)}.")
     table = count_people(outputs / MODEL, resolve_path(COUNT), cache)
     save_counts = partial(table.to_csv, float_format="%.3f", errors="surrogateescape")
     write_files(outputs, {"counts.csv": save_counts})
@@ -944,31 +950,44 @@ def count_folder():
 
 # == Checks and files ========
 def check_constants():
-    """Raises InputError for wrong values that would otherwise fail late, silently, or by an error
-    that does not name the constant. Python and Keras refuse other wrong values at once."""
+    """Raises InputError for values that would otherwise fail late, silently, or by an error that
+    does not name the constant. Python names others itself."""
 
     def require(is_right, name, remedy):
         if not is_right:
             raise InputError(f"{name} = {globals()[name]!r}: make it {remedy}")
 
-    for name in ("LABELS", "FRAMES", "OUTPUTS", "COUNT", "WEIGHTS", "CACHE"):
-        require(globals()[name] != "", name, "a path, in quotes")
-    sizes = ("SEQUENCE_LENGTH", "EPOCHS", "BATCH_SIZE", "FRAME_BATCH", "LSTM_UNITS", "DENSE_UNITS")
-    for name in (*sizes, "SEED", "COMPONENTS", "PROJECTION", "NEIGHBOUR_RANGE"):
-        value, least = globals()[name], int(name in sizes)
-        require(isinstance(value, int) and value >= least, name, f"a whole number from {least}")
-    for name in ("TRAIN_FRACTION", "TOLERANCE", "LSTM_DROPOUT", "AUGMENT", "RANDOM_NEIGHBOURS"):
-        require(0 <= globals()[name] <= 1, name, "a share, from 0 to 1")
-    is_size = len(FRAME_SIZE) == 2 and all(isinstance(side, int) for side in FRAME_SIZE)
-    require(is_size and min(FRAME_SIZE) >= 32, "FRAME_SIZE", "(height, width), from 32")
-    require(0 < LEARNING_RATE < 100, "LEARNING_RATE", "a number above 0, such as 0.1")
+    def is_whole(value, least):
+        return isinstance(value, int) and value >= least
+
+    path, share, whole = "a path, in quotes", "a share, from 0 to 1", "a whole number from 1"
+    require(FRAMES != "", "FRAMES", path)
+    require(OUTPUTS != "", "OUTPUTS", path)
+    require(COUNT != "", "COUNT", path)
+    require(WEIGHTS != "", "WEIGHTS", path)
+    require(0 <= TRAIN_FRACTION <= 1, "TRAIN_FRACTION", share)
+    is_size = len(FRAME_SIZE) == 2 and all(is_whole(side, 32) for side in FRAME_SIZE)
+    require(is_size, "FRAME_SIZE", "(height, width), from 32")
+    require(is_whole(SEQUENCE_LENGTH, 1), "SEQUENCE_LENGTH", whole)
+    require(is_whole(EPOCHS, 1), "EPOCHS", whole)
+    require(is_whole(BATCH_SIZE, 1), "BATCH_SIZE", whole)
+    require(0 < LEARNING_RATE < 100, "LEARNING_RATE", "above 0 and below 100, such as 0.1")
+    require(is_whole(SEED, 0), "SEED", "a whole number from 0")
+    require(0 <= TOLERANCE <= 1, "TOLERANCE", share)
+    require(is_whole(FRAME_BATCH, 1), "FRAME_BATCH", whole)
     precisions = ("auto", "float32", "mixed_bfloat16")
     require(PRECISION in precisions, "PRECISION", f"one of {precisions}")
     require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
-    for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
-        grids = globals()[name].values()
-        is_right = grids and all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
-        require(is_right, name, "{layer: (height, width)}")
+    grids = [*FEATURE_LAYERS.values(), *FEATURE_LAYERS_RANDOM.values()]
+    are_grids = all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
+    require(are_grids, "FEATURE_LAYERS", "{layer: (height, width)}, and so FEATURE_LAYERS_RANDOM")
+    require(is_whole(COMPONENTS, 0), "COMPONENTS", "a whole number from 0")
+    require(is_whole(LSTM_UNITS, 1), "LSTM_UNITS", whole)
+    require(0 <= LSTM_DROPOUT <= 1, "LSTM_DROPOUT", share)
+    require(is_whole(DENSE_UNITS, 1), "DENSE_UNITS", whole)
+    require(0 <= AUGMENT <= 1, "AUGMENT", share)
+    require(0 <= RANDOM_NEIGHBOURS <= 1, "RANDOM_NEIGHBOURS", share)
+    require(is_whole(NEIGHBOUR_RANGE, 0), "NEIGHBOUR_RANGE", "a whole number from 0")
     with explain(f'{OPTIMIZER = }: make it "adam", say, or the dict that the script comes with'):
         keras.optimizers.get(OPTIMIZER)
 
@@ -1053,11 +1072,12 @@ def check_data(names, paths, table, cache):
     aspect_ratio = (checked["width"] / checked["height"]).astype(float)
     distorted = checked[~(aspect_ratio * height / width).between(0.9, 1.1)]
     if len(distorted):
-        sizes = distorted.value_counts(["width", "height"])
-        (most_width, most_height), *_ = sizes.index
-        fitting = (height, round(height * most_width / most_height))
+        (most_width, most_height), *_ = distorted.value_counts(["width", "height"]).index
         print(f"FRAME_SIZE = {FRAME_SIZE} distorts {len(distorted)} of {len(paths)} frames, such as"
-              f" those of {most_width}x{most_height}; FRAME_SIZE = {fitting} keeps their shape.")
+              f" those of {most_width}x{most_height}.")
+        if len(distorted) > len(paths) / 2:
+            fitting = (height, round(height * most_width / most_height))
+            print(f"FRAME_SIZE = {fitting} keeps their shape.")
     return checked["digest"].tolist()
 
 
@@ -1202,7 +1222,8 @@ def main():
 
 def stop(*_):
     """Ends the process at Ctrl-C. KeyboardInterrupt would now and then crash within TensorFlow."""
-    print("\nStopped; the same command goes on where it was.", file=sys.stderr)
+    print("\nStopped; the same command goes on where it was, but training starts anew.",
+          file=sys.stderr)
     os._exit(130)
 
 

@@ -28,7 +28,7 @@ def test_counting_the_training_footage_gives_its_predictions(finished, constants
     np.testing.assert_allclose(written["count"], counts["count"], atol=1e-3)
     assert {"counts.png", "counts.pdf"} <= {path.name for path in (finished / "outputs").iterdir()}
     said = capsys.readouterr().out
-    assert f"{counts['count'].mean():.1f} people on average in these frames" in said
+    assert f"{counts['count'].mean():.1f} people on average in these frames." in said
     assert "counts.png" in said
     assert not written["unfamiliar"].any() and "0 of 20 frames look unlike" in said
 
@@ -123,7 +123,7 @@ def test_frames_unlike_the_training_frames_are_marked(video, run, is_spoilt, cap
     said = capsys.readouterr().out
     assert f"{marked.sum()} of {len(marked)} frames look unlike" in said
     mean = table["count"][~marked].mean()
-    assert f"{mean:.1f} people on average" in said, "which leaves them out"
+    assert f"{mean:.1f} people on average in the {(~marked).sum()} familiar frames." in said
 
 
 # -- What cannot be read

@@ -38,7 +38,7 @@ def test_a_user_runs_the_script(tmp_path):
     assert len(list((folder / "feature_cache").rglob("*.npz"))) == 20 + 4
     said = done.stdout
     assert said.startswith("Loading TensorFlow ...\n")
-    assert "20 frames, 20 labels: the first 16 train, the last 4 validate." in said
+    assert f"20 frames in {folder / 'frames/frames'}, 20 labels: the first 16 train, the last 4 valid" in said
     assert f"Features are kept in {folder / 'feature_cache'} (0 MB so far)" in said
     assert "ResNet50 (random; " in said and "20 frames and 4 jittered copies" in said
     assert f"Open predictions.png and examples.png in {outputs}" in said
@@ -72,7 +72,7 @@ def test_a_user_runs_the_script(tmp_path):
     line = f"Validation frames: MAE {number}, MSE {number}, RMSE {number}, within 20%: {number}%"
     for name, value in zip(("mae", "mse", "rmse"), re.search(line, said).groups()):
         assert float(value) == pytest.approx(metrics[name], abs=6e-4)
-    assert "Always the mean count: MAE" in said and "from 4 frames" in said and "tell little" in said
+    assert "Always the mean count: MAE" in said and "frames: 4, so few that these metrics tell little" in said
     history = pd.read_csv(outputs / "history.csv")
     assert history["epoch"].tolist() == [1, 2] and {"loss", "val_loss"} <= set(history.columns)
     for name in RESULTS:
@@ -131,7 +131,7 @@ def test_ctrl_c_is_one_line_and_the_run_goes_on_later(video):
     _, errors = process.communicate()
     assert process.returncode == 130
     said = [line for line in without_tensorflow(errors) if line]
-    assert said == ["Stopped; the same command goes on where it was."]
+    assert said == ["Stopped; the same command goes on where it was, but training starts anew."]
     assert len(list((video / "feature_cache").rglob("*.npz"))) == 24
 
 
@@ -354,7 +354,7 @@ def test_the_readme_leads_from_frames_to_counts(tmp_path, constants, monkeypatch
     rows.assign(count=counts[::10]).to_csv(video / "labels.csv", index=False)
     monkeypatch.setattr(ts, "ROOT", video)
     ts.main()
-    assert "60 frames, 6 labels: the first 5 train, the last 1 validate" in capsys.readouterr().out
+    assert "6 labels: the first 5 train, the last 1 validate" in capsys.readouterr().out
     exec(count_all.split('"')[1])
     table = pd.read_csv(video / "outputs" / "counts.csv")
     assert len(table) == 60 and table["count"].ge(0).all()
