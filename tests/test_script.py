@@ -314,11 +314,10 @@ def test_figures_are_shown_where_there_is_a_screen_when_they_are_saved(tmp_path,
 
 
 def recipe_commands():
-    """The README's commands, but for the first, which empties folders; some go over several
-    lines."""
+    """The README's commands; some go over several lines."""
     blocks = [README.read_text().split(mark)[1].split("```")[1] for mark in ("<!--recipe-->", "<!--then-->")]
     commands = [block.removeprefix("sh\n").strip() for block in blocks]
-    return [command for block in commands for command in re.split(r"\n(?=python |ffmpeg )", block)][1:]
+    return [command for block in commands for command in re.split(r"\n(?=python |ffmpeg )", block)]
 
 
 @pytest.mark.skipif(not shutil.which("ffmpeg"), reason="ffmpeg is not installed")
@@ -329,32 +328,35 @@ def test_the_readmes_ffmpeg_makes_good_frames(tmp_path):
     before = [np.asarray(Image.open(path), int) for path in paths]
     clip = "ffmpeg -loglevel error -framerate 1 -i frames/frames/seq_%06d.jpg -c:v mjpeg -q:v 2 video.mp4"
     subprocess.run(clip.split(), check=True, cwd=video)
-    for path in paths:
-        path.unlink()
-    command = recipe_commands()[0].replace("fps=1/18", "fps=1")
+    folder, command, *_ = recipe_commands()
+    assert folder == "mkdir my_frames"
+    (video / "my_frames").mkdir()
+    command = command.replace("fps=1/18", "fps=1")
     subprocess.run(command.split(), check=True, cwd=video, stdin=subprocess.DEVNULL)
-    for path, pixels in zip(paths, before, strict=True):
+    for path, pixels in zip(sorted((video / "my_frames").iterdir()), before, strict=True):
         assert np.abs(np.asarray(Image.open(path), int) - pixels).mean() < 1.5, path
 
 
 def test_the_readme_leads_from_frames_to_counts(tmp_path, constants, monkeypatch, capsys):
-    """Its commands as written: a sheet of the frames that are there, filled in; training;
-    counting."""
+    """As it is written: a sheet of the frames that are there, filled in; training; counting."""
     video = make_video(tmp_path / "clip", frames=60)
-    counts = pd.read_csv(video / "labels.csv")["count"].tolist()
-    ffmpeg, sheet, train, count_all = recipe_commands()
-    assert "fps=1/18" in ffmpeg and train.split() == ["python", "tscrowdnet_train.py"]
+    counts = pd.read_csv(video / "labels.csv")["count"]
+    (video / "frames" / "frames").rename(video / "my_frames")
+    _, _, sheet, train, count_all = recipe_commands()
     sheet = sheet.replace("python", sys.executable, 1)
-    assert subprocess.run(sheet, shell=True, cwd=video, capture_output=True).returncode, "labels stay"
-    (video / "labels.csv").unlink()
     subprocess.run(sheet, shell=True, check=True, cwd=video)
-    rows = pd.read_csv(video / "labels.csv")
+    rows = pd.read_csv(video / "my_labels.csv")
     assert rows["id"].tolist() == [f"seq_{number:06d}.jpg" for number in range(1, 61, 10)]
     assert rows["count"].isna().all()
-    rows.assign(count=counts[::10]).to_csv(video / "labels.csv", index=False)
+    rows.assign(count=counts[::10].tolist()).to_csv(video / "my_labels.csv", index=False)
+    again = subprocess.run(sheet, shell=True, cwd=video, capture_output=True)
+    assert again.returncode, "counts that were written are not replaced"
     monkeypatch.setattr(ts, "ROOT", video)
+    settings = re.search("^4. [*]{2}Set.*", README.read_text(), re.M)[0]
+    constants(**{name: value for name, value in re.findall(r'`(\w+) = "(\w+\.?\w*)"`', settings)})
+    assert ts.OUTPUTS == "my_out" and train == "python tscrowdnet_train.py"
     ts.main()
     assert "6 labels: the first 5 train, the last 1 validate" in capsys.readouterr().out
     exec(count_all.split('"')[1])
-    table = pd.read_csv(video / "outputs" / "counts.csv")
+    table = pd.read_csv(video / "my_out" / "counts.csv")
     assert len(table) == 60 and table["count"].ge(0).all()
