@@ -12,8 +12,8 @@ Writes   outputs/ts_crowdnet.keras         the model: windows of uint8 frames in
          feature_cache/                    what ResNet50 computed from each frame
 
 Each of the N labels has a window: the T = SEQUENCE_LENGTH frames that end at the labelled one.
-All windows together contain P frames, of H x W = FRAME_SIZE pixels. C of the labelled training
-frames also have a jittered copy, in other light and from a slightly moved camera.
+All windows together contain P distinct frames, of H x W = FRAME_SIZE pixels. C of the labelled
+training frames also have a jittered copy, in other light and from a slightly moved camera.
 
     windows of frames (N, T, H, W, 3) uint8
     1. spatial     TimeDistributed(ResNet50 -> F features -> PCA)  -> feature vectors (N, T, K)
@@ -59,7 +59,7 @@ import tensorflow as tf
 from keras import layers, ops
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError  # comes with matplotlib
-from sklearn.decomposition import PCA
+from sklearn import decomposition
 
 ROOT = Path(__file__).resolve().parent
 
@@ -68,7 +68,7 @@ LABELS = "labels.csv"  # a CSV with columns id,count, or the Mall dataset's own 
 FRAMES = "frames/frames"  # folder of seq_000001.jpg, ..., or of a folder for each clip
 OUTPUTS = "outputs"  # take another folder for each experiment that you want to keep
 COUNT = None  # a folder of new frames: count them with the model in OUTPUTS instead of training
-TRAIN_FRACTION = 0.8  # the first labels, in frame order, train; 1: no validation
+TRAIN_FRACTION = 0.8  # share of labels that train, the first in frame order; 1: no validation
 FRAME_SIZE = (300, 400)  # (height, width) that ResNet50 sees; larger if people are small
 WEIGHTS = "imagenet"  # offline: the path of a weight file; None: random weights, larger errors
 
@@ -83,7 +83,7 @@ TOLERANCE = 0.20  # for reports: counts within this share of the truth are calle
 
 # -- If memory runs out, or for speed
 FRAME_BATCH = 8  # frames that ResNet50 reads at once; fewer need less memory
-PRECISION = "auto"  # bfloat16 on hardware made for it; "float32" to compare across machines
+PRECISION = "auto"  # "mixed_bfloat16" where it is fast; "float32" to compare across machines
 CACHE = "feature_cache"  # one for all experiments: 60 KB for each frame, may be deleted
 CACHE_FEATURES = True  # False recomputes features at every step: far slower, same result
 
@@ -99,12 +99,12 @@ COMPONENTS = 512  # greatest size of a feature vector after PCA; 0: no PCA
 PROJECTION = 32  # a Dense layer shortens each feature vector to this size; 0: none does
 LSTM_UNITS = 64
 LSTM_DROPOUT = 0.0  # share of the LSTM's inputs dropped in training
-FORGET_BIAS = -2.0  # higher gives earlier frames more weight at the start; Keras's default is 1
+FORGET_BIAS = -2.0  # before training; higher gives earlier frames more weight, Keras's is 1
 DENSE_UNITS = 64
 AUGMENT = 0.25  # share of the labelled training frames that also get a jittered copy
 RANDOM_NEIGHBOURS = 0.5  # share of training windows whose earlier frames are drawn at random
 NEIGHBOUR_RANGE = 30  # from this many earlier frames, counting only those that windows contain
-UNFAMILIAR = 2.0  # raise it if counting marks too many frames as unfamiliar; see build_reduction
+UNFAMILIAR = 2.0  # norm from which a frame is marked (median in training: 1); raise if too many
 
 # -- Internal: nothing to edit below this line.
 MODEL = "ts_crowdnet.keras"
@@ -241,9 +241,10 @@ def draw_windows(windows, clip_starts, copy_of, rng):
     """The windows (n, T) of one epoch, drawn from the training windows (n, T): rows of frames.
 
     In a share RANDOM_NEIGHBOURS of them, the frames before the last one are drawn at random, with
-    replacement, from the last NEIGHBOUR_RANGE + 1 rows of the clip, and sorted. A network that has
-    seen such windows is not misled by gaps or other frame rates. In half of all windows, each
-    frame that has a jittered copy is replaced by it. Often this is the last frame alone."""
+    replacement, from the last frame and the NEIGHBOUR_RANGE rows before it in its clip, and sorted.
+    A network that has seen such windows is not misled by gaps or other frame rates. In a random
+    half of all windows, each frame that has a jittered copy is replaced by it: often the last frame
+    alone, because only labelled frames have copies."""
     ends = windows[:, -1:]
     lowest = np.maximum(ends - NEIGHBOUR_RANGE, clip_starts[ends])
     earlier = rng.integers(lowest, ends + 1, (len(windows), windows.shape[1] - 1))
@@ -331,8 +332,8 @@ class WindowSequence(keras.utils.Sequence):
     """Feeds windows (batch, T, ...) and the counts (batch, 1) of their last frames.
 
     frame_data: what windows are made of, feature vectors (P + C, K) or Frames. windows: its rows
-    (n, T). counts: (n,). draw: for training, where each epoch takes draw(windows, rng=...) in the
-    place of windows, in a new random order."""
+    (n, T). counts: (n,). draw: None; or, for training, a function: draw(windows, rng=...) gives the
+    windows of each epoch, which then come in a new random order."""
 
     def __init__(self, frame_data, windows, counts, batch_size, draw=None):
         super().__init__()
@@ -403,7 +404,7 @@ def load_data():
 
 # == Stage 1, spatial: ResNet50, features, PCA ========
 def choose_precision():
-    """The device that Keras uses, and the dtype policy for ResNet50: ("CPU", "float32").
+    """Returns (device, dtype policy for ResNet50), such as ("CPU", "float32").
     bfloat16 is at least twice as fast, but only on hardware that is made for it."""
     device, has_bfloat16 = "CPU", False
     keras_device = str(ops.zeros(1).device).upper()
@@ -468,9 +469,11 @@ def fold_batchnorm(resnet, read, precision):
     ..._conv. Where the output of that convolution is itself read, both stay. Jacob et al.,
     "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
     CVPR 2018."""
-    folded_into = {layer.name: name for layer in resnet.layers
-                   if isinstance(layer, layers.BatchNormalization)
-                   and (name := layer.name.removesuffix("bn") + "conv") not in read}
+    folded_into = {}  # name of each BatchNorm that vanishes: name of its convolution
+    for layer in resnet.layers:
+        convolution = layer.name.removesuffix("bn") + "conv"
+        if isinstance(layer, layers.BatchNormalization) and convolution not in read:
+            folded_into[layer.name] = convolution
 
     def in_precision(layer):
         return type(layer).from_config(layer.get_config() | {"dtype": precision})
@@ -479,7 +482,7 @@ def fold_batchnorm(resnet, read, precision):
         return x if layer.name in folded_into else layer(x, **options)
 
     folded = keras.models.clone_model(resnet, clone_function=in_precision, call_function=skip_norm)
-    for layer in resnet.layers:  # each convolution gets its own weights before it is changed
+    for layer in resnet.layers:  # a convolution comes before its BatchNorm: copied, then changed
         if layer.name in folded_into:
             convolution = folded.get_layer(folded_into[layer.name])
             kernel, bias = convolution.get_weights()
@@ -558,14 +561,14 @@ def extract_features(backbone, frames, cache):
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
     for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
         features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
-        for place, row in enumerate(rows if folder else []):
+        for number, row in enumerate(rows if folder else []):
             with suppress(Exception):  # the file is not there, or damaged: NaN stays
                 with np.load(folder / files[row]) as file:
-                    features[place] = file["features"]
+                    features[number] = file["features"]
         missing = np.flatnonzero(np.isnan(features).any(axis=1))
         if len(missing):
             features[missing] = run_backbone(backbone, frames, rows[missing])
-            computed = {files[rows[place]]: features[place] for place in missing}
+            computed = {files[rows[number]]: features[number] for number in missing}
             if folder:
                 write_files(folder, {file: partial(np.savez, features=vector)
                                      for file, vector in computed.items()})
@@ -588,7 +591,8 @@ def build_reduction(frame_features, copy_features):
     scale = np.maximum(deviation, max(floor, 1e-3))
     scaled = (features - mean.astype("float32")) / scale.astype("float32")
     norms = np.linalg.norm(scaled[: len(frame_features)], axis=1)
-    variance = np.square(scale * max(float(np.median(norms)), 1.0))
+    typical_norm = max(float(np.median(norms)), 1.0)  # 1.0: if all frames are nearly the same
+    variance = np.square(scale * typical_norm)
 
     reduction = keras.Sequential(name="reduction")
     reduction.add(keras.Input((features.shape[1],), name="features"))
@@ -597,9 +601,10 @@ def build_reduction(frame_features, copy_features):
         n_components = min(COMPONENTS, len(features) - 1, features.shape[1])
         # One power iteration is as accurate here as scikit-learn's default, and takes a third of
         # the time.
-        pca = PCA(n_components, iterated_power=1, random_state=SEED).fit(scaled)
-        reduction.add(layers.Dense(n_components, use_bias=False, name="components"))
-        reduction.layers[-1].set_weights([pca.components_.T])  # no bias: their mean is 0
+        pca = decomposition.PCA(n_components, iterated_power=1, random_state=SEED).fit(scaled)
+        components = layers.Dense(n_components, use_bias=False, name="components")
+        reduction.add(components)
+        components.set_weights([pca.components_.T])  # no bias: the mean of scaled is 0
     return reduction
 
 
@@ -652,7 +657,8 @@ def train(model, training, validation=None):
     The loss is mse / variance of the counts, so that one LEARNING_RATE suits all crowds."""
     optimizer = keras.optimizers.get(OPTIMIZER)
     steps = EPOCHS * len(training)
-    optimizer.learning_rate = keras.optimizers.schedules.CosineDecay(float(LEARNING_RATE), steps)
+    schedule = keras.optimizers.schedules.CosineDecay(float(LEARNING_RATE), steps)
+    optimizer.learning_rate = schedule  # replaces any rate that OPTIMIZER has
     variance = max(float(training.counts.var()), 1.0)
     model.compile(optimizer, "mse", loss_weights=1 / variance, metrics=["mse", "mae"])
     fit = model.fit(training, validation_data=validation, epochs=EPOCHS, shuffle=False, verbose=2)
@@ -660,7 +666,7 @@ def train(model, training, validation=None):
 
 
 def check_trained(predicted, counts):
-    """Raises InputError if the MSE on training frames is over twice that of their mean count."""
+    """Raises InputError if the MSE on training frames is over twice that of the mean count."""
     mse = np.mean((predicted - counts) ** 2)
     if not np.isfinite(mse) or mse > 2 * max(counts.var(), 1.0):
         problem = "the network is far worse than always predicting the mean count"
@@ -797,7 +803,7 @@ def plot_examples(validation, folder):
         axis.set_title(f"{text} ({error.iloc[row]:+.1f})", parse_math=False,
                        color="tab:green" if is_accurate(label["true"], label["predicted"])
                        else "tab:red")
-    figure.suptitle(f"Validation frames: the largest errors, then typical ones"
+    figure.suptitle("Validation frames: the largest errors, then typical ones"
                     f" (red: off by more than {TOLERANCE:.0%})")
     return figure
 
@@ -972,7 +978,7 @@ def check_constants():
     require(is_whole(EPOCHS, 1), "EPOCHS", whole)
     require(is_whole(BATCH_SIZE, 1), "BATCH_SIZE", whole)
     require(0 < LEARNING_RATE < 100, "LEARNING_RATE", "above 0 and below 100, such as 0.1")
-    require(is_whole(SEED, 0), "SEED", "a whole number from 0")
+    require(is_whole(SEED, 0) and SEED < 2**32, "SEED", "a whole number from 0, below 2**32")
     require(0 <= TOLERANCE <= 1, "TOLERANCE", share)
     require(is_whole(FRAME_BATCH, 1), "FRAME_BATCH", whole)
     precisions = ("auto", "float32", "mixed_bfloat16")
@@ -980,10 +986,12 @@ def check_constants():
     require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
     grids = [*FEATURE_LAYERS.values(), *FEATURE_LAYERS_RANDOM.values()]
     are_grids = all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
-    require(are_grids, "FEATURE_LAYERS", "{layer: (height, width)}, and so FEATURE_LAYERS_RANDOM")
+    is_right = FEATURE_LAYERS and FEATURE_LAYERS_RANDOM and are_grids
+    require(is_right, "FEATURE_LAYERS", "{layer: (height, width)}, and so FEATURE_LAYERS_RANDOM")
     require(is_whole(COMPONENTS, 0), "COMPONENTS", "a whole number from 0")
     require(is_whole(LSTM_UNITS, 1), "LSTM_UNITS", whole)
-    require(0 <= LSTM_DROPOUT <= 1, "LSTM_DROPOUT", share)
+    require(is_whole(PROJECTION, 0), "PROJECTION", "a whole number from 0")
+    require(0 <= LSTM_DROPOUT < 1, "LSTM_DROPOUT", "a share, from 0 and below 1")
     require(is_whole(DENSE_UNITS, 1), "DENSE_UNITS", whole)
     require(0 <= AUGMENT <= 1, "AUGMENT", share)
     require(0 <= RANDOM_NEIGHBOURS <= 1, "RANDOM_NEIGHBOURS", share)
@@ -1000,26 +1008,29 @@ def check_labels(labels, places, names, others):
     for line, label_id, fitting in zip(labels.index, labels["id"], places):
         where = f"{file}, row {line}: id {label_id!r}"
         if len(fitting) > 1:
-            first, second, *_ = (names[place] for place in fitting)
+            first, second = (names[place] for place in fitting[:2])
             raise InputError(f"{where} fits {first} and {second}; make paths the ids")
         if not fitting:
             missing.append(label_id)
-        elif (other := label_of.setdefault(fitting[0], label_id)) != label_id:
+        elif fitting[0] in label_of:
+            other = label_of[fitting[0]]
             raise InputError(f"{where} names the same frame as id {other!r}; remove one")
+        else:
+            label_of[fitting[0]] = label_id
     if missing:
         some = ", ".join(map(str, missing[:3]))
         problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
         there = f"the folder has {names[0]} ... {names[-1]}"
         if unread := sum(find_names(missing, others), []):
-            there += f", and {others[unread[0]]}, a kind not read: convert it to .jpg if it is one"
+            there += f", and {others[unread[0]]}: if that is a frame, convert it to .jpg"
         remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
         raise InputError(f"{folder}: {problem}; {there}; {remedy}")
 
 
 def check_frames(names, sources, cache):
-    """Finds the frames that cannot be read. It decodes each, unless the folder cache, or None, has
-    features of it. Returns a DataFrame: digest, the MD5 of its content; width; height; pages, those
-    of its file; and problem: its name and why it cannot be read, or None."""
+    """Finds the frames that cannot be read. Decodes each, except those whose features are in cache
+    (a folder, or None). Returns a DataFrame with a row for each: digest, the MD5 of its content;
+    width; height; pages of its file; and problem: its name and why it cannot be read, or None."""
     cached = {path.stem for path in cache.glob("*/*.npz")} if cache else set()
 
     def check(name, source):
@@ -1188,7 +1199,8 @@ def main():
     regression = build_regression(counts[:n_train])
     batch_size = min(BATCH_SIZE, math.ceil(n_train / 4))  # few labels still need enough steps
     if CACHE_FEATURES:
-        model, frame_data, eval_batch_size = keras.Sequential([temporal, regression]), vectors, 512
+        model = keras.Sequential([temporal, regression])
+        frame_data, eval_batch_size = vectors, 512
     else:
         model = keras.Sequential([spatial, temporal, regression])
         frame_data, eval_batch_size = frames, batch_size
@@ -1196,8 +1208,8 @@ def main():
     training = WindowSequence(frame_data, windows[:n_train], counts[:n_train], batch_size, draw)
     validation = None
     if n_train < len(table):
-        later = windows[n_train:], counts[n_train:]
-        validation = WindowSequence(frame_data, *later, eval_batch_size)
+        validation = WindowSequence(frame_data, windows[n_train:], counts[n_train:],
+                                    eval_batch_size)
     history = train(model, training, validation)
 
     # Evaluation: the count of every labelled frame.
@@ -1210,11 +1222,11 @@ def main():
            "features": features.shape[1], "components": vectors.shape[1]}
     metrics, baseline = save_results(outputs, network, history, table, run)
     validated = table[table["split"] == "validation"]
-    save_figures(outputs, {
-        "loss": partial(plot_loss, history, baseline),
-        "predictions": metrics and partial(plot_predictions, validated, weights_name, metrics),
-        "examples": metrics and partial(plot_examples, validated, resolve_path(FRAMES)),
-    })
+    figures = {"loss": partial(plot_loss, history, baseline), "predictions": None, "examples": None}
+    if metrics:
+        figures["predictions"] = partial(plot_predictions, validated, weights_name, metrics)
+        figures["examples"] = partial(plot_examples, validated, resolve_path(FRAMES))
+    save_figures(outputs, figures)
     shown = "predictions.png and examples.png" if metrics else "loss.png"
     print(f"Done in {time.time() - started:.0f} s. Open {shown} in {outputs}.")
     show_figures()

@@ -111,7 +111,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "an empty folder": (several(remove("frames/frames"), write("frames/frames/a.heic", b"")), {}, ["no frames are there (but 1 .heic)", "ffmpeg"]),
     "missing frames": (several(*(remove(f"frames/frames/seq_{number:06d}.jpg") for number in (3, 4, 5, 6))), {}, ["4 of 20", "such as 3, 4, 5;", "has seq_000001.jpg ... seq_000020.jpg", "Do ids and names start at the same number?"]),
     "a number that fits two": (rename(lambda n: f"clip{n % 2}/{(n + 1) // 2:04d}.jpg"), {}, ["row 2: id 1 fits clip0/0001.jpg and clip1/0001.jpg; make paths the ids"]),
-    "a kind that is not read": (lambda folder: (folder / f"{SEQ_7}.jpg").rename(folder / f"{SEQ_7}.heic"), {}, ["such as 7;", "and seq_000007.heic, a kind not read: convert it"]),
+    "a kind that is not read": (lambda folder: (folder / f"{SEQ_7}.jpg").rename(folder / f"{SEQ_7}.heic"), {}, ["such as 7;", "and seq_000007.heic: if that is a frame, convert it"]),
     "a link to nowhere": (link_to_nowhere, {}, ["seq_000007.jpg: no such file, or a link to none"]),
     "five bad frames": (several(
         cut("frames/frames/seq_000002.jpg"), write("frames/frames/seq_000003.jpg", b""),

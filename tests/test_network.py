@@ -64,17 +64,6 @@ def random_resnet(outputs):
     return keras.Model(resnet.input, outputs, name="resnet50")
 
 
-@pytest.fixture
-def build_backbone_of(monkeypatch):
-    """build_backbone with trained weights: those of the model that is given."""
-
-    def build(model):
-        monkeypatch.setattr(ts, "load_resnet50", lambda: (model, "of a test", False))
-        return ts.build_backbone(None, "float32")[0]
-
-    return build
-
-
 def test_folding_leaves_the_function_and_takes_the_batchnorms_away(frames):
     """All but those whose convolution is itself read."""
     outputs = ["conv2_block1_1_conv", "conv2_block3_out", "conv4_block1_out"]
@@ -88,10 +77,11 @@ def test_folding_leaves_the_function_and_takes_the_batchnorms_away(frames):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
-def test_features_are_means_and_standard_deviations_over_the_grid(frames, constants, build_backbone_of):
+def test_features_are_means_and_standard_deviations_over_the_grid(frames, constants, monkeypatch):
     resnet = random_resnet(["conv2_block3_out", "conv4_block1_out"])
     constants(FEATURE_LAYERS={"conv2_block3_out": (3, 4), "conv4_block1_out": (1, 1)})
-    backbone = build_backbone_of(resnet)
+    monkeypatch.setattr(ts, "load_resnet50", lambda: (resnet, "of a test", False))
+    backbone, _ = ts.build_backbone(None, "float32")
     pixels = frames[range(2)]
     fine, deep = map(np.asarray, resnet(ts.normalise(pixels)))  # (2, 12, 16, 256), (2, 3, 4, 1024)
     cells = fine.reshape(2, 3, 4, 4, 4, 256)

@@ -1,5 +1,7 @@
 """What is learnt, from which frames, and how training goes."""
 
+from functools import partial
+
 import keras
 import numpy as np
 import pandas as pd
@@ -12,35 +14,25 @@ from conftest import (
 )  # fmt: skip
 
 
-def written_in_features(n, n_train):
-    """Counts written in one half of the features, noise in the other: (vectors, counts)."""
-    rng = np.random.default_rng(0)
-    counts = rng.integers(10, 50, n).astype(float)
-    features = rng.normal(0, 1, (n, 40)).astype("float32")
-    features[:, :20] += ((counts - 30) / 5)[:, None]
-    reduction = ts.build_reduction(features[:n_train], features[:0])
-    return reduction.predict(features, verbose=0), counts
-
-
-def train_on(vectors, counts, n_train, batch_size):
-    windows = ts.make_windows(np.arange(len(counts)), np.zeros(len(counts), int), 2)
-    keras.utils.set_random_seed(ts.SEED)
-    temporal = ts.build_temporal(vectors.shape[1])
-    head = keras.Sequential([temporal, ts.build_regression(counts[:n_train])])
-    validation = ts.WindowSequence(vectors, windows[n_train:], counts[n_train:], 64)
-    before = head.predict(validation, verbose=0)[:, 0]
-    draw = ts.partial(ts.draw_windows, clip_starts=np.zeros(n_train, int), copy_of=np.arange(n_train))
-    training = ts.WindowSequence(vectors, windows[:n_train], counts[:n_train], batch_size, draw)
-    history = ts.train(head, training, validation)
-    error = np.abs(head.predict(validation, verbose=0)[:, 0] - counts[n_train:]).mean()
-    return before, error, history
-
-
 def test_it_learns_what_the_features_say_and_starts_at_the_mean(constants, graph):
+    """Counts are written in one half of the features; the other half is noise."""
     constants(EPOCHS=20, BATCH_SIZE=16, SEQUENCE_LENGTH=2)
-    vectors, counts = written_in_features(200, 150)
-    before, error, history = train_on(vectors, counts, 150, 16)
+    rng = np.random.default_rng(0)
+    counts = rng.integers(10, 50, 200).astype(float)
+    features = rng.normal(0, 1, (200, 40)).astype("float32")
+    features[:, :20] += ((counts - 30) / 5)[:, None]
+    vectors = ts.build_reduction(features[:150], features[:0]).predict(features, verbose=0)
+    clip_starts = np.zeros(200, int)
+    windows = ts.make_windows(np.arange(200), clip_starts, 2)
+    keras.utils.set_random_seed(ts.SEED)
+    model = keras.Sequential([ts.build_temporal(40), ts.build_regression(counts[:150])])
+    validation = ts.WindowSequence(vectors, windows[150:], counts[150:], 64)
+    before = model.predict(validation, verbose=0)
     assert before.mean() == pytest.approx(counts[:150].mean(), abs=4)
+    draw = partial(ts.draw_windows, clip_starts=clip_starts, copy_of=np.arange(200))
+    training = ts.WindowSequence(vectors, windows[:150], counts[:150], 16, draw)
+    history = ts.train(model, training, validation)
+    error = np.abs(model.predict(validation, verbose=0)[:, 0] - counts[150:]).mean()
     assert error < 0.3 * np.abs(counts[150:] - counts[:150].mean()).mean()
     assert history["val_mae"].iloc[-1] == pytest.approx(error, rel=1e-3)
 
