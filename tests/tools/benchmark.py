@@ -148,7 +148,7 @@ def main():
             f"extraction {extraction:.1f}; {memory:.0f} MiB at most")
 
         start = time.perf_counter()
-        model = video / "outputs" / "ts_crowdnet.keras"
+        model = sparse / "outputs" / "ts_crowdnet.keras"
         ts.count_people(model, video / "frames" / "frames")
         counting = time.perf_counter() - start
         row("counting all frames", counting, f"{n / counting:.1f} frames/s")
