@@ -546,35 +546,41 @@ def run_backbone(backbone, frames, rows):
         return np.concatenate([backbone.predict_on_batch(batch) for batch in pixels])
 
 
+def read_cached(path, n_features):
+    """The features (n_features,) in a file of the cache, or None if it is missing or damaged."""
+    with suppress(Exception):  # a damaged file raises many types
+        with np.load(path) as file:
+            features = file["features"]
+        if features.shape == (n_features,) and np.isfinite(features).all():
+            return features
+    return None
+
+
 def extract_features(backbone, frames, cache):
     """Yields the features (n, F) of all rows of frames, some rows at a time. cache: a folder that
     keeps them, in a file for each frame named by its digest, or None. Raises InputError for a file
     that cannot be written."""
     folder = open_cache(backbone, cache) if cache else None
     files = [f"{digest}.npz" for digest in frames.digests]
-    # left: what ResNet50 still has to compute. Frames of the same content share a file.
-    left = set(files) - ({path.name for path in folder.iterdir()} if folder else set())
-    n_known = sum(file not in left for file in files)
-    if n_known and len(left) > 64:
-        print(f"{n_known} of {len(files)} images are in {cache}, {len(left)} are left.")
-    bar = keras.utils.Progbar(len(left), unit_name="frame", verbose=int(len(left) > 64))
+    is_left = np.array([not (folder and (folder / file).exists()) for file in files])
+    n_left = int(is_left.sum())
+    if 64 < n_left < len(files):
+        print(f"{len(files) - n_left} of {len(files)} images are in {cache}, {n_left} are left.")
+    bar = keras.utils.Progbar(n_left, unit_name="frame", verbose=int(n_left > 64))
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
-    for rows in np.split(np.arange(len(frames)), range(step, len(frames), step)):
-        features = np.full((len(rows), backbone.output_shape[1]), np.nan, "float32")
-        for number, row in enumerate(rows if folder else []):
-            with suppress(Exception):  # the file is not there, or damaged: NaN stays
-                with np.load(folder / files[row]) as file:
-                    features[number] = file["features"]
-        missing = np.flatnonzero(np.isnan(features).any(axis=1))
+    for rows in np.split(np.arange(len(files)), range(step, len(files), step)):
+        features = dict.fromkeys(rows)  # row: its features, None so far
+        if folder:
+            n_features = backbone.output_shape[1]
+            features = {row: read_cached(folder / files[row], n_features) for row in rows}
+        missing = np.array([row for row in rows if features[row] is None])
         if len(missing):
-            features[missing] = run_backbone(backbone, frames, rows[missing])
-            computed = {files[rows[number]]: features[number] for number in missing}
+            features |= zip(missing, run_backbone(backbone, frames, missing))
             if folder:
-                write_files(folder, {file: partial(np.savez, features=vector)
-                                     for file, vector in computed.items()})
-            bar.add(len(left & computed.keys()))
-            left -= computed.keys()
-        yield features
+                write_files(folder, {files[row]: partial(np.savez, features=features[row])
+                                     for row in missing})
+        bar.add(is_left[rows].sum())
+        yield np.stack([features[row] for row in rows])
 
 
 def build_reduction(frame_features, copy_features):
