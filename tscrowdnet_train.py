@@ -171,7 +171,7 @@ def read_labels(path):
     refuse(is_odd, "id", "is unlike the others: make all ids numbers, or all names of frames")
     if is_number.all():
         ids = whole.map(int)
-    refuse(ids.duplicated(), "id", "appears twice")
+    refuse(ids.duplicated(), "id", "appears twice, or lacks its folder")
     counts = pd.to_numeric(table["count"], errors="coerce").astype(float)
     is_count = counts.between(0, 10**6) | table["count"].isna()
     refuse(~is_count, "count", "is not a number from 0 to 1,000,000")
@@ -751,8 +751,8 @@ def save_results(outputs, model, history, table, run):
 
 
 def name_frames(axis, names):
-    """Writes up to six of the names below an x axis on which frames are at 0, 1, 2, ..."""
-    places = np.unique(np.linspace(0, len(names) - 1, 6).round().astype(int))
+    """Writes up to five of the names below an x axis on which frames are at 0, 1, 2, ..."""
+    places = np.unique(np.linspace(0, len(names) - 1, 5).round().astype(int))
     texts = [str(names[place]).encode(errors="replace").decode() for place in places]
     axis.set_xticks(places, texts, parse_math=False)
     axis.set_xlim(-0.5, len(names) - 0.5)
@@ -826,7 +826,7 @@ def plot_counts(table, labels):
     if doubtful.any():
         area = (-0.5, len(table) - 0.5, *axis.get_ylim())
         axis.imshow(doubtful, "Greys", vmin=0, vmax=4, aspect="auto", extent=area)
-        axis.fill_between([], [], color="0.75", label="unlike the training frames, or unreadable")
+        axis.fill_between([], [], color="0.75", label="unlike most training frames, or unreadable")
     name_frames(axis, table.index)
     axis.set_title(f"{COUNT}: people in each frame", parse_math=False)
     axis.set(xlabel="Frame", ylabel="People")
@@ -899,7 +899,7 @@ def count_people(model, frames, cache=None):
     or an iterable of paths or of uint8 RGB arrays (H, W, 3), in order. cache: a folder for what
     ResNet50 computes, so that no frame is read twice. Returns a DataFrame with a row for each
     frame, indexed by its path in the folder, its path as given, or its number: count, and
-    unfamiliar, True where a frame is unlike the training frames; both empty where it cannot be
+    unfamiliar, True where a frame is unlike most training frames; both empty where it cannot be
     read. Shows progress for more than 64 frames. Raises InputError."""
     names, sources = list_sources(frames)
     backbone, reduction, temporal, regression = load_stages(model)
@@ -952,7 +952,7 @@ def count_folder():
     is_familiar = ~table["unfamiliar"].fillna(True).astype(bool)
     n_unfamiliar = int(table["unfamiliar"].sum())
     doubt = ": doubt their counts." if n_unfamiliar else "."
-    print(f"{n_unfamiliar} of {len(table)} frames look unlike the training frames{doubt}")
+    print(f"{n_unfamiliar} of {len(table)} frames look unlike most training frames{doubt}")
     if is_familiar.any():
         where = f"the {is_familiar.sum()} familiar" if n_unfamiliar else "these"
         print(f"{table['count'][is_familiar].mean():.1f} people on average in {where} frames.")
