@@ -157,27 +157,21 @@ def test_the_forget_gate_starts_at_its_bias_and_the_others_at_0(constants):
 # -- Weights and precision
 
 
-@pytest.fixture(scope="module")
-def weight_file(tmp_path_factory):
-    keras.utils.set_random_seed(7)
-    resnet = RESNET50(include_top=False, weights=None, input_shape=(*SIZE, 3))
-    path = tmp_path_factory.mktemp("weights") / "resnet50$x_0$.weights.h5"
-    resnet.save_weights(path)
-    return path, resnet.get_layer("conv2_block1_3_conv").get_weights()[0]
-
-
-def test_imagenet_weights_are_what_keras_downloads(constants, weight_file, monkeypatch, capsys):
+def test_imagenet_weights_are_what_keras_downloads(constants, video, monkeypatch, capsys):
     """By Keras's own code, but for the download itself."""
-    path, kernel = weight_file
+    keras.utils.set_random_seed(7)
+    source = RESNET50(include_top=False, weights=None, input_shape=(*SIZE, 3))
+    source.save_weights(video / "resnet50.weights.h5")
     asked = []
     monkeypatch.setattr(keras.applications, "ResNet50", RESNET50)
     monkeypatch.setattr(sys.modules[RESNET50.__module__].file_utils, "get_file",
-                        lambda name, *_, **__: asked.append(name) or str(path))
+                        lambda name, *_, **__: asked.append(name) or video / "resnet50.weights.h5")
     constants(WEIGHTS="imagenet")
     resnet, weights, is_random = ts.load_resnet50()
     assert asked == [ts.IMAGENET_FILE]
     assert (weights, is_random) == ("imagenet", False) and capsys.readouterr().err == ""
-    np.testing.assert_array_equal(resnet.get_layer("conv2_block1_3_conv").get_weights()[0], kernel)
+    kernels = (model.get_layer("conv2_block1_3_conv").get_weights()[0] for model in (source, resnet))
+    np.testing.assert_array_equal(*kernels)
 
 
 def test_a_failed_download_is_one_line_and_random_weights(constants, monkeypatch, capsys):
@@ -197,16 +191,14 @@ def test_a_failed_download_is_one_line_and_random_weights(constants, monkeypatch
     assert all((a == b).all() for a, b in pairs), "the same that WEIGHTS = None gives"
 
 
-def test_trained_weights_from_a_file_are_read_at_their_own_layers(run, weight_file, figures, monkeypatch):
+def test_trained_weights_from_a_file_are_read_at_their_own_layers(run, video, figures):
     """From a file whose name would be mathematics in a figure's title."""
-    monkeypatch.setattr(keras.applications, "ResNet50", RESNET50)
-    path, _ = weight_file
-    metrics, _ = run(WEIGHTS=str(path), FEATURE_LAYERS={"conv2_block1_out": (1, 2)},
-                     FEATURE_LAYERS_RANDOM={"conv1_relu": (1, 1)})
-    assert metrics["weights"] == path.name
-    model = keras.saving.load_model(ts.ROOT / "outputs" / "ts_crowdnet.keras")
-    resnet = model.get_layer("spatial").layer.get_layer("backbone").get_layer("resnet50")
-    assert resnet.outputs[0].shape[-1] == 256
+    resnet = shallow_resnet50(False, None, (*SIZE, 3))
+    resnet.save_weights(video / "resnet50$x_0$.weights.h5")
+    metrics, _ = run(WEIGHTS="resnet50$x_0$.weights.h5", FEATURE_LAYERS={"conv1_relu": (1, 2)},
+                     FEATURE_LAYERS_RANDOM={"conv2_block1_out": (1, 1)})
+    assert metrics["weights"] == "resnet50$x_0$.weights.h5"
+    assert metrics["features"] == 2 * 64 * 2, "means and deviations of 64 channels in two cells"
 
 
 def test_bfloat16_counts_like_float32(finished, run, constants):
