@@ -242,6 +242,7 @@ def test_a_size_that_distorts_is_said_with_one_that_does_not(video, constants, u
         ts.main()
     out = capsys.readouterr().out
     assert said in out if said else "FRAME_SIZE" not in out
+    assert ("keeps their shape" in out) is (size == (64, 48)), "advice for all, not for a few"
 
 
 def test_further_pages_of_a_tiff_are_named(video, constants, until, capsys):

@@ -210,7 +210,8 @@ def test_a_count_without_a_model_leaves_nothing_behind(video, constants):
     assert {path.name for path in video.iterdir()} == {"labels.csv", "frames"}
 
 
-def test_a_folder_that_grows_costs_only_its_new_frames(finished, run, loaded):
+def test_a_folder_that_grows_costs_only_its_new_frames(finished, run, loaded, capsys):
+    """And counts of an earlier model are told from those of the new one."""
     for n_new in (0, 1, 2):
         for number in range(n_new):
             path = finished / "frames" / "frames" / f"seq_{21 + number:06d}.jpg"
@@ -219,3 +220,6 @@ def test_a_folder_that_grows_costs_only_its_new_frames(finished, run, loaded):
         run(COUNT="frames/frames")
         assert len(loaded) == min(n_new, 1)
     assert len(pd.read_csv(finished / "outputs" / "counts.csv")) == 22
+    assert "older" not in capsys.readouterr().out
+    run()
+    assert "counts.csv is older than this model: count once more." in capsys.readouterr().out

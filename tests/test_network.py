@@ -120,6 +120,7 @@ def test_vectors_are_standardised_and_reduced_to_their_principal_components(cons
     rng = np.random.default_rng(0)
     raw = rng.normal(5, 2, (60, 300)) @ rng.normal(0, 1, (300, 300)) * rng.uniform(0.1, 10, 300)
     raw[:, 0] = 7  # a dead channel
+    raw[40:50] *= 2  # the copies
     raw = raw.astype("float32")
     reduction = ts.build_reduction(raw[:40], raw[40:50])
     vectors = np.asarray(reduction(raw))
