@@ -220,6 +220,6 @@ def test_a_folder_that_grows_costs_only_its_new_frames(finished, run, loaded, ca
         run(COUNT="frames/frames")
         assert len(loaded) == min(n_new, 1)
     assert len(pd.read_csv(finished / "outputs" / "counts.csv")) == 22
-    assert "older" not in capsys.readouterr().out
+    assert "older than" not in capsys.readouterr().out
     run()
     assert "counts.csv is older than this model: count once more." in capsys.readouterr().out
