@@ -788,6 +788,8 @@ def plot_predictions(validation, weights_name, metrics):
     sns.lineplot(counts, linewidth=1, marker="o" if len(counts) < 50 else None, ax=right)
     name_frames(right, validation["id"].tolist())
     right.set(xlabel="Validation frame (its id)", ylabel="People")
+    for axis in (left.xaxis, left.yaxis, right.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     title = f"{FRAMES}: the last {len(validation)} labelled frames, MAE {metrics['mae']:.2f}"
     figure.suptitle(f"{title} (ResNet50 weights: {weights_name})", parse_math=False)
     return figure
