@@ -163,7 +163,7 @@ def read_labels(path):
             value = str(table[column].fillna("")[line])[:40]
             raise InputError(f"{path}, row {line}: {column} {value!r} {problem}; correct it")
 
-    ids = table["id"].fillna("").str.strip()
+    ids = table["id"].fillna("").str.strip().str.replace("\\", "/", regex=False)
     refuse(ids == "", "id", "is empty")
     whole = ids.str.replace(r"\.0*$", "", regex=True)  # spreadsheets write 12.0
     is_number = whole.str.fullmatch(r"\d{1,19}")
@@ -262,7 +262,7 @@ def open_image(source):
     data = source.read_bytes()
     image = Image.open(io.BytesIO(data))
     end = data.rstrip(b"\0")
-    if image.format == "JPEG" and end != data and not end.endswith(b"\xff\xd9"):
+    if image.format == "JPEG" and end != data and b"\xff\xd9" not in end[-4096:]:
         raise ValueError("ends in zeros: it was not written to its end")
     return image
 
@@ -579,7 +579,8 @@ def extract_features(backbone, frames, cache):
             if folder:
                 write_files(folder, {files[row]: partial(np.savez, features=features[row])
                                      for row in missing})
-        bar.add(is_left[rows].sum())
+        if is_left[rows].any():
+            bar.add(is_left[rows].sum())
         yield np.stack([features[row] for row in rows])
 
 
@@ -991,6 +992,7 @@ def check_constants():
     require(is_whole(FRAME_BATCH, 1), "FRAME_BATCH", whole)
     precisions = ("auto", "float32", "mixed_bfloat16")
     require(PRECISION in precisions, "PRECISION", f"one of {precisions}")
+    require(CACHE, "CACHE", path)
     require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
     grids = [*FEATURE_LAYERS.values(), *FEATURE_LAYERS_RANDOM.values()]
     are_grids = all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
@@ -1069,7 +1071,7 @@ def check_frames(names, sources, cache):
 def describe_problems(checked):
     """A line about the frames that cannot be read."""
     problems = checked["problem"].dropna()
-    named = shorten("; ".join(problems), 200, placeholder=" ...").encode(errors="replace").decode()
+    named = "; ".join(problems)[:200].encode(errors="replace").decode()
     return f"{len(problems)} of {len(checked)} frames cannot be read: {named}"
 
 
@@ -1251,6 +1253,7 @@ def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
     if "IPython" not in sys.modules:  # a notebook's kernel must survive
         signal.signal(signal.SIGINT, stop)
+        sys.stdout.reconfigure(errors="replace")  # names of files may be no text
     tf.get_logger().setLevel("ERROR")  # else TensorFlow warns of the smaller last batch
     if len(sys.argv) > 1:
         name = Path(__file__).name

@@ -51,6 +51,10 @@ def cut(name, end=b""):
     return prepare
 
 
+def append(data):
+    return lambda folder: frame_paths(folder)[2].open("ab").write(data)
+
+
 def several(*preparations):
     return lambda folder: [prepare(folder) for prepare in preparations]
 
@@ -135,7 +139,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
 } | {
     f"{name} = {value!r}": (None, {name: value}, [f"{name} = {value!r}: make it "])
     for name, value in [
-        ("COUNT", ""), ("BATCH_SIZE", 2.5), ("SEED", None), ("TRAIN_FRACTION", 80), ("FRAME_SIZE", (300.0, 400.0)),
+        ("COUNT", ""), ("BATCH_SIZE", 2.5), ("SEED", None), ("CACHE", None), ("TRAIN_FRACTION", 80), ("FRAME_SIZE", (300.0, 400.0)),
         ("FRAME_SIZE", (16, 64)), ("FEATURE_LAYERS", {"conv1_relu": (0, 1)}), ("NEIGHBOUR_RANGE", -1),
         ("LEARNING_RATE", float("nan")), ("PRECISION", "bf16"), ("CACHE_FEATURES", "no"), ("OPTIMIZER", "sdg"),
     ]
@@ -199,6 +203,7 @@ IMAGES = {
     "with alpha": frame(3, Image.new("RGBA", (64, 48)), format="PNG"),
     "a palette": frame(3, Image.new("P", (64, 48)), format="GIF"),
     "another size": frame(3, Image.new("RGB", (131, 77))),
+    "with a trailer": several(frame(3, Image.new("RGB", (64, 48))), append(b"META\0")),
     "one pixel": frame(3, Image.new("RGB", (1, 1))),
     "damaged EXIF data": frame(3, Image.new("RGB", (64, 48)), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01"),
 }  # fmt: skip

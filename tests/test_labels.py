@@ -48,6 +48,11 @@ def test_a_sheet_may_be_filled_in_here_and_there(tmp_path):
     assert labels["count"].dropna().tolist() == [38.006, 0]
 
 
+def test_paths_as_windows_writes_them_are_ids(tmp_path):
+    (tmp_path / "labels.csv").write_text("id,count\nday 1\\1.jpg,5\n")
+    assert ts.read_labels(tmp_path / "labels.csv")["id"].tolist() == ["day 1/1.jpg"]
+
+
 NAMES = ["day 1/0001.jpg", "day 1/0002.jpg", "day 2/0001.jpg", "day 2/cam7_12.png", "cam7_12.jpg"]
 IDS = {  # id: the places in NAMES that it fits
     2: [1],
