@@ -39,7 +39,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from textwrap import shorten
 
@@ -190,14 +190,17 @@ def list_frames(folder):
     """What is in a folder and the folders below it: (names of frames, names of other files), each
     a path from that folder, with "/", in natural order. Raises InputError if no frame is there."""
     remedy = f"to take frames from a video: {FFMPEG}"
+    if folder.is_file():
+        raise InputError(f"{folder}: a file, where a folder of frames should be; {remedy}")
     if not folder.is_dir():
-        is_file = "a file, where a folder of frames should be"
-        raise InputError(f"{folder}: {is_file if folder.exists() else 'no such folder'}; {remedy}")
+        raise InputError(f"{folder}: no such folder; {remedy}")
     names = glob.glob("**", root_dir=folder, recursive=True)  # leaves hidden files out
     names = [Path(name).as_posix() for name in names if not (folder / name).is_dir()]
     names.sort(key=natural_key)
-    frames = [name for name in names if name.lower().endswith(FRAME_ENDINGS)]
-    others = [name for name in names if not name.lower().endswith(FRAME_ENDINGS)]
+    is_frame = {name: name.lower().endswith(FRAME_ENDINGS) and (folder / name).is_file()
+                for name in names}
+    frames = [name for name in names if is_frame[name]]
+    others = [name for name in names if not is_frame[name]]
     kinds = Counter(PurePosixPath(name).suffix or name for name in others)
     left_out = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common(9))
     if not frames:
@@ -369,7 +372,9 @@ def load_data():
     all_names, others = list_frames(folder)
     counted = labels.dropna()
     if counted.empty:
-        first = ", ".join(map(str, (labels["id"].tolist() or all_names)[:3]))
+        fitting = find_names(labels["id"][:3], all_names)
+        check_labels(labels[:3], fitting, all_names, others)
+        first = ", ".join([all_names[place] for place, *_ in fitting] or all_names[:3])
         raise InputError(f"{file}: no frame has a count yet; count the people in {first} first")
     n, n_train = len(counted), round(len(counted) * TRAIN_FRACTION)
     if n_train < 2 or (n_train == n and TRAIN_FRACTION < 1):
@@ -567,12 +572,10 @@ def extract_features(backbone, frames, cache):
     if 64 < n_left < len(files):
         print(f"{len(files) - n_left} of {len(files)} images are in {cache}, {n_left} are left.")
     bar = keras.utils.Progbar(n_left, unit_name="frame", verbose=int(n_left > 64))
+    n_features = backbone.output_shape[1]
     step = 8 * FRAME_BATCH  # an interrupted run loses no more than that
     for rows in np.split(np.arange(len(files)), range(step, len(files), step)):
-        features = dict.fromkeys(rows)  # row: its features, None so far
-        if folder:
-            n_features = backbone.output_shape[1]
-            features = {row: read_cached(folder / files[row], n_features) for row in rows}
+        features = {row: folder and read_cached(folder / files[row], n_features) for row in rows}
         missing = np.array([row for row in rows if features[row] is None])
         if len(missing):
             features |= zip(missing, run_backbone(backbone, frames, missing))
@@ -864,12 +867,21 @@ def show_figures():
 
 
 # == Counting new footage ========
+@lru_cache(maxsize=1)
+def load_model(path, _):
+    """The model in a file. The second argument, when the file was written, tells files apart."""
+    return keras.saving.load_model(path, compile=False)
+
+
 def load_stages(model):
     """(backbone, reduction, temporal, regression) of a model or of its file. Raises InputError."""
-    problem = f"not a model of this script for Keras {keras.__version__}; train a model first"
-    with explain(f"{model}: {problem}"):
+    problem = f"cannot be opened with Keras {keras.__version__} as a model of this script"
+    with explain(f"{model}: {problem}; train a model first"):
         if isinstance(model, (str, Path)):
-            model = keras.saving.load_model(Path(model).expanduser(), compile=False)
+            path = Path(model).expanduser()
+            if not path.is_file():
+                raise InputError(f"{path}: no such file; train a model first")
+            model = load_model(path, path.stat().st_mtime_ns)
         encoder = model.get_layer("spatial").layer
         inner = [encoder.get_layer(name) for name in ("backbone", "reduction")]
         return [*inner, *(model.get_layer(name) for name in ("temporal", "regression"))]
@@ -939,8 +951,7 @@ def count_people(model, frames, cache=None):
 def count_folder():
     """What the script does with COUNT: writes counts.csv and a figure into OUTPUTS."""
     started, outputs = time.time(), resolve_path(OUTPUTS)
-    if not (outputs / MODEL).is_file():
-        raise InputError(f"{outputs / MODEL}: no such file; train a model first")
+    load_stages(outputs / MODEL)  # before any folder is made
     prepare_folder(outputs, "OUTPUTS")
     cache = prepare_cache()
     print(f"{outputs / MODEL} counts the people in {resolve_path(COUNT)}.")
@@ -994,10 +1005,10 @@ def check_constants():
     require(PRECISION in precisions, "PRECISION", f"one of {precisions}")
     require(CACHE, "CACHE", path)
     require(CACHE_FEATURES in (True, False), "CACHE_FEATURES", "True or False")
-    grids = [*FEATURE_LAYERS.values(), *FEATURE_LAYERS_RANDOM.values()]
-    are_grids = all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
-    is_right = FEATURE_LAYERS and FEATURE_LAYERS_RANDOM and are_grids
-    require(is_right, "FEATURE_LAYERS", "{layer: (height, width)}, and so FEATURE_LAYERS_RANDOM")
+    for name in ("FEATURE_LAYERS", "FEATURE_LAYERS_RANDOM"):
+        grids = globals()[name].values()
+        is_right = grids and all(len(grid) == 2 and min(grid) >= 1 for grid in grids)
+        require(is_right, name, "{layer: (height, width)}")
     require(is_whole(COMPONENTS, 0), "COMPONENTS", "a whole number from 0")
     require(is_whole(LSTM_UNITS, 1), "LSTM_UNITS", whole)
     require(is_whole(PROJECTION, 0), "PROJECTION", "a whole number from 0")
@@ -1031,8 +1042,9 @@ def check_labels(labels, places, names, others):
         some = ", ".join(map(str, missing[:3]))
         problem = f"{len(missing)} of {len(labels)} labelled frames are missing, such as {some}"
         there = f"the folder has {names[0]} ... {names[-1]}"
-        if unread := sum(find_names(missing, others), []):
-            there += f", and {others[unread[0]]}: if that is a frame, convert it to .jpg"
+        if unread := [others[place] for place, *_ in filter(None, find_names(missing, others))]:
+            problem = f"{unread[0]} is of a kind not read, or a link that leads nowhere"
+            problem += "; if it is a labelled frame, replace it by a .jpg"
         remedy = "correct FRAMES or LABELS. Do ids and names start at the same number?"
         raise InputError(f"{folder}: {problem}; {there}; {remedy}")
 
@@ -1057,9 +1069,8 @@ def check_frames(names, sources, cache):
             if digest not in cached:
                 decode(image)
         except Exception as error:  # Pillow raises many types
-            reasons = {UnidentifiedImageError: "not an image",
-                       FileNotFoundError: "no such file, or a link to none"}
-            return None, 0, 0, 0, f"{name}: {reasons.get(type(error), error)}"
+            problem = "not an image" if isinstance(error, UnidentifiedImageError) else error
+            return None, 0, 0, 0, f"{name}: {problem}"
         return digest, width, height, pages, None
 
     with ThreadPoolExecutor() as pool:
@@ -1253,7 +1264,8 @@ def run_as_script():
     """main(), with one line instead of a traceback for what the user can put right."""
     if "IPython" not in sys.modules:  # a notebook's kernel must survive
         signal.signal(signal.SIGINT, stop)
-        sys.stdout.reconfigure(errors="replace")  # names of files may be no text
+        with suppress(AttributeError):  # not every editor's output has it
+            sys.stdout.reconfigure(errors="replace")  # names of files may be no text
     tf.get_logger().setLevel("ERROR")  # else TensorFlow warns of the smaller last batch
     if len(sys.argv) > 1:
         name = Path(__file__).name

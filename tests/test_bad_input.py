@@ -96,7 +96,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     # labels.csv
     "no labels file": (remove("labels.csv"), {}, ["labels.csv", "No such file", "LABELS"]),
     "empty labels": (labels(""), {}, ["labels.csv", "id,count"]),
-    "no count yet": (labels("id,count\n5,\n10,\n15,\n20,\n"), {}, ["count the people in 5, 10, 15 first"]),
+    "no count yet": (labels("id,count\n5,\n10,\n15,\n20,\n"), {}, ["count the people in seq_000005.jpg, seq_000010.jpg, seq_000015.jpg"]),
     "wrong columns": (labels("frame,people\n1,2\n"), {}, ["labels.csv", "first line", "id,count"]),
     "UTF-16": (labels("id,count\n1,5\n".encode("utf-16")), {}, ["labels.csv", "id,count"]),
     "thousands with a comma": (labels("id,count\n1,1,234\n2,1,300\n"), {}, ["labels.csv", "line 2"]),
@@ -115,8 +115,8 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "an empty folder": (several(remove("frames/frames"), write("frames/frames/a.heic", b"")), {}, ["no frames are there (but 1 .heic)", "ffmpeg"]),
     "missing frames": (several(*(remove(f"frames/frames/seq_{number:06d}.jpg") for number in (3, 4, 5, 6))), {}, ["4 of 20", "such as 3, 4, 5;", "has seq_000001.jpg ... seq_000020.jpg", "Do ids and names start at the same number?"]),
     "a number that fits two": (rename(lambda n: f"clip{n % 2}/{(n + 1) // 2:04d}.jpg"), {}, ["row 2: id 1 fits clip0/0001.jpg and clip1/0001.jpg; make paths the ids"]),
-    "a kind that is not read": (lambda folder: (folder / f"{SEQ_7}.jpg").rename(folder / f"{SEQ_7}.heic"), {}, ["such as 7;", "and seq_000007.heic: if that is a frame, convert it"]),
-    "a link to nowhere": (link_to_nowhere, {}, ["seq_000007.jpg: no such file, or a link to none"]),
+    "a kind that is not read": (lambda folder: (folder / f"{SEQ_7}.jpg").rename(folder / f"{SEQ_7}.heic"), {}, ["seq_000007.heic is of a kind not read"]),
+    "a link to nowhere": (link_to_nowhere, {}, ["seq_000007.jpg is", "a link that leads nowhere"]),
     "five bad frames": (several(
         cut("frames/frames/seq_000002.jpg"), write("frames/frames/seq_000003.jpg", b""),
         frame(4, Image.new("1", (20_000, 10_000)), format="PNG"),
@@ -128,6 +128,7 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "a JPEG that ends in zeros": (cut(f"{SEQ_7}.jpg", bytes(500)), {}, ["seq_000007.jpg", "ends in zeros"]),
     # weights, folders, network
     "no weight file": (None, {"WEIGHTS": "resnet.h5"}, ["resnet.h5: no such file", "correct WEIGHTS"]),
+    "count without a model": (None, {"COUNT": "frames/frames", "OUTPUTS": "other"}, ["ts_crowdnet.keras: no such file", "train a model first"]),
     "no weights in it": (write("resnet.h5", b"404 not found"), {"WEIGHTS": "resnet.h5"}, ["resnet.h5", "ResNet50"]),
     "an unknown layer": (None, {"FEATURE_LAYERS_RANDOM": {"conv9": (1, 1)}}, ["FEATURE_LAYERS_RANDOM: no layer conv9", "take conv1_relu"]),
     "too many features": (None, {"FRAME_SIZE": (96, 128), "FEATURE_LAYERS_RANDOM": {"conv1_relu": (48, 64)}}, ["393,216 features", "coarser"]),
@@ -135,12 +136,12 @@ CASES = {  # name: (what to do to the video, constants, parts of the message)
     "the cache is below a file": (write("taken", b""), {"CACHE": "taken/cache"}, ["taken/cache: cannot be written to", "set CACHE"]),
     "a folder in a result's place": (write("outputs/history.csv/x", b""), {}, ["outputs/history.csv", "move it away"]),
     "a network that diverged": (None, {"LEARNING_RATE": 99, "EPOCHS": 2}, ["worse than always predicting", "earlier results stay"]),
-    "count with a broken model": (None, {"COUNT": "frames/frames"}, ["ts_crowdnet.keras: not a model", "train a model first"]),
+    "count with a broken model": (None, {"COUNT": "frames/frames"}, ["ts_crowdnet.keras: cannot be opened with Keras", "train a model first"]),
 } | {
     f"{name} = {value!r}": (None, {name: value}, [f"{name} = {value!r}: make it "])
     for name, value in [
         ("COUNT", ""), ("BATCH_SIZE", 2.5), ("SEED", None), ("CACHE", None), ("TRAIN_FRACTION", 80), ("FRAME_SIZE", (300.0, 400.0)),
-        ("FRAME_SIZE", (16, 64)), ("FEATURE_LAYERS", {"conv1_relu": (0, 1)}), ("NEIGHBOUR_RANGE", -1),
+        ("FRAME_SIZE", (16, 64)), ("FEATURE_LAYERS", {"conv1_relu": (0, 1)}), ("FEATURE_LAYERS_RANDOM", {}), ("NEIGHBOUR_RANGE", -1),
         ("LEARNING_RATE", float("nan")), ("PRECISION", "bf16"), ("CACHE_FEATURES", "no"), ("OPTIMIZER", "sdg"),
     ]
 }  # fmt: skip

@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -60,8 +62,8 @@ def test_a_stream_that_refills_one_buffer_is_counted_frame_by_frame(finished):
     np.testing.assert_allclose(counts, count(finished, arrays)["count"], atol=1e-6)
 
 
-def test_counting_again_and_again_is_quiet_and_compiles_nothing_anew(finished, capsys):
-    """With a loaded model, as in a loop over a stream; other numbers of frames each time."""
+def test_counting_again_and_again_is_quiet_and_compiles_nothing_anew(finished, capsys, monkeypatch):
+    """From the model's path, as in a loop over a stream; other numbers of frames each time."""
     traced = []
 
     @keras.saving.register_keras_serializable("tests")
@@ -70,13 +72,15 @@ def test_counting_again_and_again_is_quiet_and_compiles_nothing_anew(finished, c
             traced.append(1)  # a function that is traced runs as Python
             return inputs
 
-    model = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
-    encoder = model.get_layer("spatial").layer
+    model = finished / "outputs" / "ts_crowdnet.keras"
+    saved = keras.saving.load_model(model)
+    encoder = saved.get_layer("spatial").layer
     backbone = encoder.get_layer("backbone")
     backbone = keras.Model(backbone.input, Witness()(backbone.output), name="backbone")
     spatial = keras.Sequential([backbone, encoder.get_layer("reduction")], name="encoder")
     spatial = keras.layers.TimeDistributed(spatial, name="spatial")
-    model = ts.build_network(spatial, model.get_layer("temporal"), model.get_layer("regression"))
+    network = ts.build_network(spatial, saved.get_layer("temporal"), saved.get_layer("regression"))
+    network.save(model)
     arrays = [np.asarray(Image.open(path)) for path in frame_paths(finished)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -85,7 +89,8 @@ def test_counting_again_and_again_is_quiet_and_compiles_nothing_anew(finished, c
         traced.clear()
         for n_frames in (2, 4, 6, 7, 5, 1):
             ts.count_people(model, arrays[:n_frames])
-    assert not traced and capsys.readouterr() == ("", "")
+    assert not traced
+    assert capsys.readouterr() == ("", "")
 
 
 # -- What is unlike the training frames
@@ -196,11 +201,39 @@ def test_names_of_any_bytes_are_counted(finished, constants):
 def test_other_models_are_refused_in_a_line(finished):
     other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
     other.save(finished / "other.keras")
-    files = [finished / name for name in ("none.keras", "other.keras", "labels.csv")]
-    for model in (other, *files):
-        message = f"not a model of this script for Keras {keras.__version__}; train a model first .+"
-        with pytest.raises(ts.InputError, match=message):
-            ts.count_people(model, finished / "frames" / "frames")
+    frames = finished / "frames" / "frames"
+    with pytest.raises(ts.InputError, match="none.keras: no such file; train a model first"):
+        ts.count_people(finished / "none.keras", frames)
+    for model in (other, finished / "other.keras", finished / "labels.csv"):
+        with pytest.raises(ts.InputError, match="cannot be opened with Keras"):
+            ts.count_people(model, frames)
+
+
+def test_a_model_of_a_newer_keras_is_refused_with_the_reason(finished):
+    newer = finished / "newer.keras"
+    with zipfile.ZipFile(finished / "outputs" / "ts_crowdnet.keras") as source:
+        with zipfile.ZipFile(newer, "w") as target:
+            for name in source.namelist():
+                data = source.read(name)
+                if name == "config.json":
+                    data = re.sub(b'("unit_forget_bias": true)', rb'\1, "unknown_option": 1', data)
+                target.writestr(name, data)
+    with pytest.raises(ts.InputError, match=f"{keras.__version__}.*unknown_option"):
+        ts.count_people(newer, finished / "frames" / "frames")
+
+
+def test_a_model_that_was_trained_anew_is_the_one_that_counts(finished, run, monkeypatch):
+    """Though the path is the same."""
+    before = count(finished)["count"].tolist()
+    _, table = run(SEED=3)
+    counts = count(finished)["count"].tolist()
+    assert counts == pytest.approx(table["predicted"].tolist(), abs=1e-3) and counts != before
+
+
+def test_a_loaded_model_counts_like_its_file(finished):
+    model = keras.saving.load_model(finished / "outputs" / "ts_crowdnet.keras")
+    counts = ts.count_people(model, frame_paths(finished))["count"].tolist()
+    assert counts == pytest.approx(count(finished)["count"].tolist(), abs=1e-4)
 
 
 def test_a_count_without_a_model_leaves_nothing_behind(video, constants):

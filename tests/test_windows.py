@@ -49,9 +49,10 @@ def test_what_is_no_frame_is_left_out_and_named(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "lost.jpg").symlink_to(tmp_path / "nowhere")
     names, others = ts.list_frames(tmp_path)
-    assert names == ["1.jpg"] and others == ["2.heic", "3.HEIC", "notes", "clip/4.gif"]
-    assert "Left out: 1 .heic, 1 .HEIC, 1 notes, 1 .gif in" in capsys.readouterr().out
+    assert names == ["1.jpg"] and others == ["2.heic", "3.HEIC", "lost.jpg", "notes", "clip/4.gif"]
+    assert "Left out: 1 .heic, 1 .HEIC, 1 .jpg, 1 notes, 1 .gif in" in capsys.readouterr().out
 
 
 def clock(number, form, step=1.0):
